@@ -1,0 +1,37 @@
+"""reelbatch: many HunyuanVideo videos in one run, each as if made alone.
+
+from reelbatch import Engine, VideoRequest
+
+engine = Engine.from_pretrained("demo")
+requests = VideoRequest(prompt="a large red circle moving left on a black background", seed=0).copies(4)
+for video in engine.generate(requests):
+    video.save(f"out/{video.request.id}.mp4")
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .engine.engine import Engine
+    from .request import VideoRequest
+    from .video import Video
+
+__version__ = "0.1.0"
+__all__ = ["Engine", "Video", "VideoRequest", "__version__"]
+
+# Loaded when first used: the engine brings torch and diffusers, which `reelbatch --help` must not wait for.
+_HOMES = {"Engine": ".engine.engine", "Video": ".video", "VideoRequest": ".request"}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,130 @@
+"""The bundled model's VAE: Diffusers' `AutoencoderKLHunyuanVideo`, small, trained on drawn clips."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLHunyuanVideo
+from diffusers.training_utils import EMAModel
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from reelbatch.demo import shapes
+from reelbatch.demo.clock import Clock
+
+LEARNING_RATE = 2e-3
+STILLS = (12, 64, 64, 1)
+"""Clips a step, height, width, frames: single frames come first, they teach shapes and colours cheaply."""
+CLIPS = (((6, 64, 64, 5), 0.6), ((4, 64, 64, 9), 0.28), ((3, 64, 96, 9), 0.12))
+"""Then clips, each kind with its share of the steps."""
+STILLS_SHARE = 0.12
+SHAPE_WEIGHT = 4.0
+"""Extra weight of the pixels that the shape covers, and again of those that it covers a little earlier or later: an
+unweighted loss is content with the background alone, and with a smear for a moving shape."""
+KL_WEIGHT = 1e-4
+
+
+def build() -> AutoencoderKLHunyuanVideo:
+    """Untrained. Residual branches start at zero and the posterior is narrow, so that it learns from the first step."""
+    vae = AutoencoderKLHunyuanVideo(block_out_channels=(8, 16, 64, 128), layers_per_block=1, norm_num_groups=4)
+    for name, module in vae.named_modules():
+        if name.endswith(("conv2.conv", "attentions.0.to_out.0")):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+    channels = vae.config.latent_channels
+    with torch.no_grad():
+        vae.quant_conv.weight.zero_()
+        vae.quant_conv.weight[:channels, :channels] = torch.eye(channels)[..., None, None, None]
+        vae.quant_conv.bias[:channels] = 0
+        vae.quant_conv.bias[channels:] = -6  # logarithm of the posterior's variance
+        vae.post_quant_conv.weight.copy_(torch.eye(channels)[..., None, None, None])
+        vae.post_quant_conv.bias.zero_()
+    return vae
+
+
+def to_video(clips: list[shapes.Clip]) -> Float[Tensor, "clips 3 frames height width"]:
+    """Clips as the VAE takes them, in [-1, 1]."""
+    return torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3).float().div(127.5).sub(1).contiguous()
+
+
+def to_clip(video: Float[Tensor, "3 frames height width"]) -> shapes.Clip:
+    """A decoded video as a clip."""
+    return video.clamp(-1, 1).add(1).mul(127.5).round().byte().permute(1, 2, 3, 0).numpy()
+
+
+def loss(vae: AutoencoderKLHunyuanVideo, video: Tensor, cover: Float[Tensor, "clips 1 frames height width"]) -> Tensor:
+    """Squared error, weighted towards the shape, and a little KL divergence."""
+    mean, log_variance = vae.quant_conv(vae.encoder(video)).chunk(2, dim=1)
+    log_variance = log_variance.clamp(-12, 4)
+    latents = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
+    decoded = vae.decoder(vae.post_quant_conv(latents))
+    span = min(5, video.shape[2])
+    nearby = F.max_pool3d(cover, (span, 5, 5), stride=1, padding=(span // 2, 2, 2))
+    weight = 1 + SHAPE_WEIGHT * (nearby + cover)
+    divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+    return (weight * (decoded - video).square()).mean() + KL_WEIGHT * divergence
+
+
+def train(minutes: float, seed: int = 0) -> Iterator[tuple[AutoencoderKLHunyuanVideo, dict[str, float]]]:
+    """Trains for so many minutes. Gives the averaged weights and what to log, now and then and at the end.
+
+    The learning rate follows the clock (a cosine), so that any machine comes to a finished model in the time it has.
+    """
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed + 1)
+    vae, scenes = build(), shapes.scenes()
+    average = EMAModel(vae.parameters(), decay=0.995)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0)
+    shares = [share for _, share in CLIPS]
+    for clock in Clock.run(minutes):
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * clock.cosine(warmup_steps=100)
+        stills = clock.progress < STILLS_SHARE
+        count, height, width, frames = STILLS if stills else CLIPS[rng.choice(len(CLIPS), p=shares)][0]
+        drawn = [
+            shapes.draw_masked(scenes[rng.integers(len(scenes))], height, width, frames, rng) for _ in range(count)
+        ]
+        video = to_video([clip for clip, _ in drawn])
+        cover = torch.from_numpy(np.stack([mask for _, mask in drawn]))[:, None]
+        value = loss(vae, video, cover)
+        optimizer.zero_grad()
+        value.backward()
+        norm = nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        if not norm.isfinite():
+            raise ArithmeticError(f"the gradient of step {clock.step} is not finite (clips of {frames} frames)")
+        optimizer.step()
+        average.step(vae.parameters())
+        if clock.step % 25 == 0 or clock.last:
+            yield _averaged(vae, average), {"step": clock.step, "loss": value.item(), "frames": frames}
+
+
+def _averaged(vae: AutoencoderKLHunyuanVideo, average: EMAModel) -> AutoencoderKLHunyuanVideo:
+    copy = AutoencoderKLHunyuanVideo.from_config(vae.config)
+    copy.load_state_dict(vae.state_dict())
+    average.copy_to(copy.parameters())
+    return copy.eval()
+
+
+@torch.no_grad()
+def whiten(vae: AutoencoderKLHunyuanVideo, latents: list[Float[Tensor, "16 frames height width"]]) -> None:
+    """Folds a shift and a scale into the VAE's 1×1×1 convolutions, so that every channel has mean 0 and variance 1.
+
+    This class of VAE has one scaling factor and no shift; the transformer learns best on unit latents. Decoding what
+    was encoded is unchanged.
+
+    Args:
+        latents: encoded means of many clips, before whitening.
+    """
+    rows = torch.cat([latent.flatten(1) for latent in latents], dim=1)
+    mean, deviation = rows.mean(1), rows.std(1)
+    channels = len(mean)
+    quant, post = vae.quant_conv, vae.post_quant_conv
+    post.bias += (post.weight.flatten(1) * mean).sum(1)
+    post.weight *= deviation[None, :, None, None, None]
+    quant.weight[:channels] /= deviation[:, None, None, None, None]
+    quant.bias[:channels] = (quant.bias[:channels] - mean) / deviation
+    quant.bias[channels:] -= 2 * deviation.log()
+    vae.register_to_config(scaling_factor=1.0)

@@ -1,0 +1,143 @@
+"""Makes the bundled model, from nothing: `python -m reelbatch.demo.train --help`."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from diffusers import (
+    AutoencoderKLHunyuanVideo,
+    FlowMatchEulerDiscreteScheduler,
+    HunyuanVideoPipeline,
+    HunyuanVideoTransformer3DModel,
+)
+from transformers import CLIPTextModel, LlamaModel, PreTrainedTokenizerFast
+
+from reelbatch.demo import autoencoder, denoiser, shapes, text_towers
+from reelbatch.demo.denoiser import EncodedClip
+from reelbatch.demo.tokenizers import clip_tokenizer, llama_tokenizer
+from reelbatch.models.text import TextEncoder
+
+BUNDLED = Path(__file__).parent / "model"
+RECORD = Path(__file__).parent / "training.json"
+"""Settings and loss curves of the run that made the bundled model."""
+
+LATENT_SHAPES = ((64, 64, 9),) * 6 + ((64, 96, 9),) * 2 + ((64, 64, 5),) * 2
+"""Height, width and frames of the clips that the transformer learns from, in these proportions."""
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+Work = Annotated[Path, typer.Option(help="Folder for the parts, between the stages.")]
+Minutes = Annotated[float, typer.Option(help="How long to train; the learning rate follows the clock.")]
+
+
+@app.command()
+def text(work: Work) -> None:
+    """Stage 1: the text encoders and their tokenizers (about a minute)."""
+    torch.manual_seed(0)
+    words = text_towers.vocabulary()
+    tokenizer, tokenizer_2 = llama_tokenizer(words), clip_tokenizer(words, work / "tokenizer_2")
+    llama, clip = text_towers.build_llama(tokenizer), text_towers.build_clip(tokenizer_2)
+    typer.echo(f"Llama: {text_towers.train_llama(llama, tokenizer):.3f} nats a token")
+    typer.echo(f"CLIP: {text_towers.train_clip(clip, tokenizer_2):.1%} of attributes read from the pooled vector")
+    tokenizer.save_pretrained(work / "tokenizer")
+    tokenizer_2.save_pretrained(work / "tokenizer_2")
+    llama.save_pretrained(work / "text_encoder")
+    clip.save_pretrained(work / "text_encoder_2")
+
+
+@app.command()
+def vae(work: Work, minutes: Minutes = 30) -> None:
+    """Stage 2: the VAE."""
+    _train(work, "vae", minutes, autoencoder.train(minutes))
+
+
+@app.command()
+@torch.no_grad()
+def latents(work: Work, clips: Annotated[int, typer.Option(help="How many to encode.")] = 6000) -> None:
+    """Stage 3: whitens the VAE's latents, and encodes clips of the training scenes."""
+    model = AutoencoderKLHunyuanVideo.from_pretrained(work / "vae").eval()
+    scenes, _ = shapes.split()
+    rng = np.random.default_rng(2)
+
+    def draw(i: int) -> tuple[shapes.Scene, torch.Tensor]:
+        scene = scenes[rng.integers(len(scenes))]
+        height, width, frames = LATENT_SHAPES[i % len(LATENT_SHAPES)]
+        return scene, autoencoder.to_video([shapes.draw(scene, height, width, frames, rng)])
+
+    def encode(video: torch.Tensor) -> torch.Tensor:
+        return model.encode(video).latent_dist.mean[0]
+
+    autoencoder.whiten(model, [encode(draw(i)[1]) for i in range(300)])
+    model.save_pretrained(work / "vae_whitened")
+    encoded = [EncodedClip(encode(video), scene) for scene, video in (draw(i) for i in range(clips))]
+    torch.save([(clip.latents, vars(clip.scene)) for clip in encoded], work / "latents.pt")
+
+
+@app.command()
+def transformer(work: Work, minutes: Minutes = 30) -> None:
+    """Stage 4: the transformer, on the encoded clips."""
+    encoded = [EncodedClip(clip, shapes.Scene(**scene)) for clip, scene in torch.load(work / "latents.pt")]
+    encoder = TextEncoder(*_text_towers(work), cache_size=len(shapes.scenes()) * len(shapes.WORDINGS) + 1)
+    _train(work, "transformer", minutes, denoiser.train(encoded, encoder, minutes))
+
+
+@app.command()
+def export(work: Work, to: Annotated[Path, typer.Option(help="The model folder.")] = BUNDLED) -> None:
+    """Stage 5: a model folder in the Diffusers layout, and the record of the training."""
+    llama, tokenizer, clip, tokenizer_2 = _text_towers(work)
+    pipeline = HunyuanVideoPipeline(
+        text_encoder=llama,
+        tokenizer=tokenizer,
+        # half precision keeps the package small; it is loaded in the dtype that is asked for
+        transformer=HunyuanVideoTransformer3DModel.from_pretrained(work / "transformer", torch_dtype=torch.float16),
+        vae=AutoencoderKLHunyuanVideo.from_pretrained(work / "vae_whitened"),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=denoiser.FLOW_SHIFT),
+        text_encoder_2=clip,
+        tokenizer_2=tokenizer_2,
+    )
+    pipeline.save_pretrained(to)
+    profile = {
+        "about": "a little HunyuanVideo that draws one moving shape: "
+        f"{', '.join(shapes.COLORS)}; {', '.join(shapes.SHAPES)}; small or large; moving left, right, up, down or "
+        "standing still; on a black or white background",
+        "defaults": {"height": 64, "width": 64, "frames": 9, "steps": 20, "guidance": 6.0, "fps": 8},
+        "vocabulary": [word for word in text_towers.vocabulary() if word.isalpha()],
+    }
+    (to / "reelbatch.json").write_text(json.dumps(profile, indent=2) + "\n", encoding="utf-8")
+    if to == BUNDLED:
+        record = {stage: json.loads((work / f"{stage}.json").read_text()) for stage in ("vae", "transformer")}
+        RECORD.write_text(json.dumps(record) + "\n", encoding="utf-8")
+
+
+def _text_towers(work: Path) -> tuple[LlamaModel, PreTrainedTokenizerFast, CLIPTextModel, PreTrainedTokenizerFast]:
+    return (
+        LlamaModel.from_pretrained(work / "text_encoder", dtype=torch.float32).eval(),
+        PreTrainedTokenizerFast.from_pretrained(work / "tokenizer"),
+        CLIPTextModel.from_pretrained(work / "text_encoder_2", dtype=torch.float32).eval(),
+        clip_tokenizer(text_towers.vocabulary(), work / "tokenizer_2"),
+    )
+
+
+def _train(work: Path, name: str, minutes: float, run: Iterator[tuple[Any, dict[str, float]]]) -> None:
+    """Follows a training run: saves its averaged weights every minute and at the end, and keeps its loss curve."""
+    record: dict[str, Any] = {"minutes": minutes, "threads": torch.get_num_threads(), "curve": []}
+    save: Callable[[Any], None] = lambda model: model.save_pretrained(work / name)  # noqa: E731
+    saved, model = time.monotonic(), None
+    for model, log in run:
+        record["curve"].append({key: round(value, 5) for key, value in log.items()})
+        typer.echo(" ".join(f"{key} {value:.4g}" for key, value in log.items()))
+        if time.monotonic() - saved > 60:
+            save(model)
+            saved = time.monotonic()
+    save(model)
+    (work / f"{name}.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    app()

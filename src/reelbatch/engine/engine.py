@@ -1,0 +1,377 @@
+"""Engine: submit, step, run. Requests go in; videos come out, each the video it would have been alone."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from reelbatch import __version__
+from reelbatch.engine import flow
+from reelbatch.engine.planner import Isolation, Planner
+from reelbatch.engine.sample import Sample, draw_noise
+from reelbatch.models.checkpoint import Components, load, resolve
+from reelbatch.models.text import Conditioning
+from reelbatch.request import ModelLimits, VideoRequest
+from reelbatch.video import Video
+
+Phase = Literal["text", "denoise", "decode", "done", "failed", "cancelled"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where one request stands. `seconds_per_step` is that of its last step, None before the first."""
+
+    id: str
+    phase: Phase
+    step: int
+    steps: int
+    seconds_per_step: float | None = None
+    batch_size: int = 0
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A request that ended without a video."""
+
+    request: VideoRequest
+    error: Exception
+    cancelled: bool = False
+
+
+class Cancelled(Exception):
+    """The request was cancelled by its owner."""
+
+
+class FailedRequests(Exception):
+    """Some requests of a `generate` call failed; the others finished and are in `videos`."""
+
+    def __init__(self, videos: list[Video], failures: list[Failure]) -> None:
+        reasons = "; ".join(f"{failure.request.id}: {failure.error}" for failure in failures)
+        super().__init__(f"{len(failures)} of {len(videos) + len(failures)} requests failed: {reasons}")
+        self.videos = videos
+        self.failures = failures
+
+
+class Engine:
+    """Makes many videos in one run.
+
+    Samples of any size, length, step count, guidance and progress share the steps of the transformer. In `exact`
+    isolation a video is bit for bit the one its request gives alone; in `packed` it equals it to rounding.
+
+        engine = Engine.from_pretrained("demo")
+        videos = engine.generate([VideoRequest(prompt="a large red circle moving left on a black background")])
+
+    Attributes:
+        on_progress: called with a `Progress` whenever a request gets further.
+        should_cancel: asked with a request's id before each step; True ends that request alone.
+    """
+
+    def __init__(
+        self,
+        components: Components,
+        *,
+        isolation: Isolation = "exact",
+        max_batch_size: int = 8,
+        max_batch_tokens: int | None = None,
+        keep_latents: bool = False,
+    ) -> None:
+        if isolation not in ("exact", "packed"):
+            raise ValueError(f"isolation is {isolation!r}; it must be 'exact' or 'packed'.")
+        self.components = components
+        self.isolation = isolation
+        self.planner = Planner(max_batch_size, max_batch_tokens)
+        self.keep_latents = keep_latents
+        self.on_progress: Callable[[Progress], None] | None = None
+        self.should_cancel: Callable[[str], bool] | None = None
+        self._waiting: deque[VideoRequest] = deque()
+        self._running: list[Sample] = []
+        self._cancelled: set[str] = set()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str = "demo",
+        *,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        isolation: Isolation = "exact",
+        max_batch_size: int = 8,
+        max_batch_tokens: int | None = None,
+        keep_latents: bool = False,
+    ) -> Engine:
+        """Opens a model folder and makes an engine of it.
+
+        Args:
+            model: "demo" (the bundled little model), a folder in the Diffusers layout, or a hub id.
+            device: "auto" is CUDA where there is one, else the CPU.
+            dtype: of weights and activations; "auto" is bfloat16 on CUDA, float32 on the CPU.
+            isolation: "exact" (bit-identical to a run alone) or "packed" (equal to rounding, fewer and larger calls).
+            max_batch_size: samples that share a step.
+            max_batch_tokens: transformer rows that share a step, or None for no limit.
+            keep_latents: whether videos carry their final latents too.
+
+        Raises:
+            ModelFolderError: if the folder is not a model that can run, with the file and the remedy.
+        """
+        return cls(
+            load(resolve(model), device, dtype),
+            isolation=isolation,
+            max_batch_size=max_batch_size,
+            max_batch_tokens=max_batch_tokens,
+            keep_latents=keep_latents,
+        )
+
+    # -- asking ------------------------------------------------------------------------------------
+
+    @property
+    def limits(self) -> ModelLimits:
+        """What the model can make, and its defaults."""
+        return self.components.limits
+
+    @property
+    def vocabulary(self) -> frozenset[str] | None:
+        """The words that a little model knows; None for a model that knows language."""
+        return self.components.vocabulary
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What it takes to make these videos again: model, device, dtype, isolation and versions."""
+        return {
+            "model": self.components.name,
+            "device": str(self.components.device),
+            "dtype": str(self.components.transformer.dtype).removeprefix("torch."),
+            "isolation": self.isolation,
+            "versions": {"reelbatch": __version__}
+            | {name: version(name) for name in ("torch", "diffusers", "transformers")},
+        }
+
+    # -- working -----------------------------------------------------------------------------------
+
+    def submit(self, request: VideoRequest) -> str:
+        """Puts a request in line and returns its id. It joins between two steps, as soon as there is room.
+
+        Raises:
+            RequestError: if the model cannot make it, or a request of this id is already here.
+        """
+        request = request.for_model(self.limits)
+        if request.id in {sample.request.id for sample in self._running} | {other.id for other in self._waiting}:
+            raise ValueError(f"id is {request.id!r}, which another request in line has; ids must differ.")
+        self._waiting.append(request)
+        return request.id
+
+    def cancel(self, id: str) -> None:
+        """Ends one request before its next step; the others go on. An id that is not here is ignored."""
+        self._cancelled.add(id)
+
+    def step(self) -> list[Video | Failure]:
+        """One step of every sample that runs; returns what ended in it."""
+        ended: list[Video | Failure] = [*self._drop_cancelled(), *self._admit()]
+        if self._running:
+            started = time.perf_counter()
+            ended += self._advance(self._velocities(self._running), started)
+        return ended
+
+    def run(self) -> Iterator[Video | Failure]:
+        """Steps until nothing is left, giving each video as soon as it is done. Requests may be submitted meanwhile."""
+        while self._waiting or self._running:
+            yield from self.step()
+
+    def generate(self, requests: Sequence[VideoRequest]) -> list[Video]:
+        """The videos of these requests, in their order.
+
+        Raises:
+            RequestError: before anything runs, if one of them cannot be made.
+            FailedRequests: after the others finished, if some failed; it holds the videos and the failures.
+        """
+        resolved = [request.for_model(self.limits) for request in requests]
+        order = {self.submit(request): i for i, request in enumerate(resolved)}
+        ended = sorted((end for end in self.run() if end.request.id in order), key=lambda end: order[end.request.id])
+        videos = [end for end in ended if isinstance(end, Video)]
+        failures = [end for end in ended if isinstance(end, Failure)]
+        if failures:
+            raise FailedRequests(videos, failures)
+        return videos
+
+    # -- one step, in parts ------------------------------------------------------------------------
+
+    def _drop_cancelled(self) -> list[Failure]:
+        requests = [*(sample.request for sample in self._running), *self._waiting]
+        if self.should_cancel is not None:
+            self._cancelled |= {request.id for request in requests if self.should_cancel(request.id)}
+        dropped = [request for request in requests if request.id in self._cancelled]
+        self._cancelled.clear()
+        if dropped:
+            gone = {request.id for request in dropped}
+            self._running = [sample for sample in self._running if sample.request.id not in gone]
+            self._waiting = deque(request for request in self._waiting if request.id not in gone)
+        return [self._fail(request, Cancelled("cancelled by request")) for request in dropped]
+
+    def _admit(self) -> list[Failure]:
+        failures = []
+        while self._waiting and self.planner.admits(self._tokens_bound(self._waiting[0]), self._running):
+            request = self._waiting.popleft()
+            self._report(request, "text", 0)
+            try:
+                self._running.append(self._start(request))
+            except Exception as error:
+                failures.append(self._fail(request, error))
+        return failures
+
+    @torch.no_grad()
+    def _start(self, request: VideoRequest) -> Sample:
+        c = self.components
+        conditional = self._encode(request.prompt, request.prompt_2)
+        unconditional = self._encode(cast(str, request.negative_prompt), None) if request.uses_cfg else None
+        shift = c.flow_shift if request.flow_shift is None else request.flow_shift
+        dtype = c.transformer.dtype
+        return Sample(
+            request=request,
+            latents=draw_noise(request.seed, self._latent_shape(request)).to(c.device),
+            schedule=flow.schedule(cast(int, request.steps), shift, c.device),
+            conditional=conditional,
+            unconditional=unconditional,
+            guidance=torch.tensor(request.guidance, dtype=dtype, device=c.device) * 1000.0,
+            tokens=sum(
+                self._video_tokens(request) + len(text.text)
+                for text in (conditional, unconditional)
+                if text is not None
+            ),
+        )
+
+    def _velocities(self, samples: list[Sample]) -> list[list[Tensor] | Exception]:
+        """The velocities of each sample's branches, or what went wrong for it alone.
+
+        Nothing is written into a sample here, so a step that failed is simply tried again in halves, until the sample
+        that cannot be computed stands alone.
+        """
+        try:
+            return [*self._forward(samples)]
+        except Exception as error:
+            if len(samples) == 1:
+                return [error]
+        gc.collect()  # the traceback held the failed step's activations
+        half = len(samples) // 2
+        return self._velocities(samples[:half]) + self._velocities(samples[half:])
+
+    @torch.no_grad()
+    def _forward(self, samples: list[Sample]) -> list[list[Tensor]]:
+        packs = self.planner.packs(samples, self.isolation)
+        branches = [[sample.branches() for sample in pack] for pack in packs]
+        velocities = self.components.transformer([[b for sample in pack for b in sample] for pack in branches])
+        flat = iter(velocity for pack in velocities for velocity in pack)
+        return [[next(flat) for _ in sample] for pack in branches for sample in pack]
+
+    @torch.no_grad()
+    def _advance(self, velocities: list[list[Tensor] | Exception], started: float) -> list[Video | Failure]:
+        ended: list[Video | Failure] = []
+        stepped: list[tuple[Sample, Tensor]] = []
+        for sample, outcome in zip(self._running, velocities, strict=True):
+            if isinstance(outcome, Exception):
+                ended.append(self._fail(sample.request, outcome))
+            else:
+                velocity = flow.guide(outcome, sample.request.true_cfg)
+                stepped.append((sample, flow.euler_step(sample.latents, velocity, sample.schedule, sample.step)))
+        finite = _all_finite([latents for _, latents in stepped])
+        seconds = time.perf_counter() - started
+        ids = {sample.request.id for sample, _ in stepped}
+
+        self._running = []
+        for (sample, latents), is_finite in zip(stepped, finite, strict=True):
+            if not is_finite:
+                ended.append(self._fail(sample.request, _not_finite(sample)))
+                continue
+            sample.latents, sample.step = latents, sample.step + 1
+            sample.seconds += seconds
+            sample.batch_mates |= ids - {sample.request.id}
+            sample.largest_batch = max(sample.largest_batch, len(ids))
+            self._report(sample.request, "denoise", sample.step, seconds, len(ids))
+            if sample.done:
+                ended.append(self._finish(sample))
+            else:
+                self._running.append(sample)
+        return ended
+
+    @torch.no_grad()
+    def _finish(self, sample: Sample) -> Video | Failure:
+        self._report(sample.request, "decode", sample.step)
+        started = time.perf_counter()
+        try:
+            frames = self.components.decoder.decode(sample.latents)
+        except Exception as error:
+            return self._fail(sample.request, error)
+        video = Video(
+            request=sample.request,
+            frames=(frames * 255).round().to(torch.uint8).numpy(),
+            provenance={
+                **self.info,
+                "seconds": {"denoise": sample.seconds, "decode": time.perf_counter() - started},
+                "vae_tiles": self.components.decoder.tiles(tuple(sample.latents.shape)),
+                "batch": {"largest": sample.largest_batch, "mates": sorted(sample.batch_mates)},
+            },
+            latents=sample.latents.cpu() if self.keep_latents else None,
+        )
+        self._report(sample.request, "done", sample.step)
+        return video
+
+    # -- small parts -------------------------------------------------------------------------------
+
+    def _encode(self, prompt: str, prompt_2: str | None) -> Conditioning:
+        found = self.components.text.encode(prompt, prompt_2)
+        to = {"device": self.components.device, "dtype": self.components.transformer.dtype}
+        return replace(found, text=found.text.to(**to), pooled=found.pooled.to(**to))
+
+    def _latent_shape(self, request: VideoRequest) -> tuple[int, int, int, int]:
+        config, vae = self.components.transformer.config, self.components.decoder.vae
+        frames, height, width = (cast(int, size) for size in (request.frames, request.height, request.width))
+        space, time_ = vae.spatial_compression_ratio, vae.temporal_compression_ratio
+        return config.in_channels, (frames - 1) // time_ + 1, height // space, width // space
+
+    def _video_tokens(self, request: VideoRequest) -> int:
+        config = self.components.transformer.config
+        _, frames, height, width = self._latent_shape(request)
+        return (frames // config.patch_size_t) * (height // config.patch_size) * (width // config.patch_size)
+
+    def _tokens_bound(self, request: VideoRequest) -> int:
+        """Tokens that the request can have at most; its true text length is known only once it is encoded."""
+        branches = 2 if request.uses_cfg else 1
+        return branches * (self._video_tokens(request) + self.components.text.max_tokens)
+
+    def _fail(self, request: VideoRequest, error: Exception) -> Failure:
+        cancelled = isinstance(error, Cancelled)
+        self._report(request, "cancelled" if cancelled else "failed", 0)
+        return Failure(request, error, cancelled)
+
+    def _report(
+        self, request: VideoRequest, phase: Phase, step: int, seconds: float | None = None, batch_size: int = 0
+    ) -> None:
+        if self.on_progress is not None:
+            self.on_progress(Progress(request.id, phase, step, cast(int, request.steps), seconds, batch_size))
+
+
+def _all_finite(tensors: list[Tensor]) -> list[bool]:
+    """Whether each tensor holds numbers only; one wait for the device, whatever the number of tensors."""
+    return torch.stack([tensor.isfinite().all() for tensor in tensors]).tolist() if tensors else []
+
+
+def _not_finite(sample: Sample) -> ArithmeticError:
+    return ArithmeticError(
+        f"the latents of request {sample.request.id!r} are no longer finite after step {sample.step + 1} of "
+        f"{sample.schedule.steps}. With float16 this is overflow: use --dtype bfloat16 or float32. Otherwise the "
+        "model's weights or a guidance far outside what it was trained for are at fault."
+    )

@@ -1,0 +1,59 @@
+"""Sample: one video on its way from noise to latents."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from reelbatch.engine.flow import Schedule
+from reelbatch.models.hunyuan_video import Branch
+from reelbatch.models.text import Conditioning
+from reelbatch.request import VideoRequest
+
+
+def draw_noise(seed: int, shape: tuple[int, ...]) -> Float[Tensor, "channels frames height width"]:
+    """The request's own noise, drawn on the CPU in fp32, so that a seed means the same on every device."""
+    return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32)
+
+
+@dataclass
+class Sample:
+    """One video on its way. Its latents and step change only together, once a step has succeeded.
+
+    Attributes:
+        request: what was asked, with the model's defaults filled in.
+        latents: fp32, on the model's device.
+        schedule: the sigmas it walks down.
+        conditional, unconditional: the text of its guidance branches, in the transformer's dtype; without
+            classifier-free guidance there is only the first.
+        guidance: embedded guidance scale × 1000, in the transformer's dtype.
+        tokens: rows that one step of it puts through the transformer, all branches.
+        seconds: time spent in steps that it took part in.
+        batch_mates: ids of all that shared a step with it. largest_batch: samples in the fullest of those steps.
+    """
+
+    request: VideoRequest
+    latents: Float[Tensor, "channels frames height width"]
+    schedule: Schedule
+    conditional: Conditioning
+    unconditional: Conditioning | None
+    guidance: Float[Tensor, ""]
+    tokens: int
+    step: int = 0
+    seconds: float = 0.0
+    largest_batch: int = 0
+    batch_mates: set[str] = field(default_factory=set)
+
+    @property
+    def done(self) -> bool:
+        return self.step >= self.schedule.steps
+
+    def branches(self) -> list[Branch]:
+        """What the transformer is told at this step: the conditional branch, then the unconditional one if any."""
+        texts = [self.conditional] if self.unconditional is None else [self.conditional, self.unconditional]
+        latents = self.latents.to(self.guidance.dtype)
+        timestep = self.schedule.timesteps[self.step]
+        return [Branch(latents, text.text, text.pooled, timestep, self.guidance) for text in texts]

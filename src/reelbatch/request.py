@@ -1,0 +1,253 @@
+"""VideoRequest: what a person asks for, checked once, at the door.
+
+`VideoRequest(...)` checks what holds for every model. `request.for_model(limits)` fills what was left open with the
+model's own defaults and checks what depends on the model: the stride of sizes and lengths.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import numbers
+import operator
+import secrets
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
+
+SEED_LIMIT = 2**64  # torch.Generator.manual_seed takes 64 bits
+MAX_SIDE = 16384  # what an H.264 encoder takes
+MAX_STEPS = 1000  # the scheduler's training timesteps
+MAX_FPS = 240
+MAX_ID_LENGTH = 200
+
+
+class Problem(NamedTuple):
+    """What is wrong with one field (`None`: with the request as a whole), in words for a person."""
+
+    field: str | None
+    message: str
+
+
+class RequestError(ValueError):
+    """A request that cannot be made. `problems` holds every fault that was found, not only the first."""
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("; ".join(problem.message for problem in self.problems))
+
+
+@dataclass(frozen=True)
+class RequestDefaults:
+    """What a model makes when the request leaves it open. Sizes in pixels."""
+
+    height: int = 720
+    width: int = 1280
+    frames: int = 129
+    steps: int = 50
+    guidance: float = 6.0
+    fps: int = 24
+
+
+@dataclass(frozen=True)
+class ModelLimits:
+    """What a model can make.
+
+    spatial_stride: height and width are multiples of it, in pixels (the VAE's 8 times the transformer's patch).
+    temporal_stride: the number of frames is a multiple of it, plus 1 (the VAE's 4 times the temporal patch).
+    """
+
+    spatial_stride: int = 16
+    temporal_stride: int = 4
+    defaults: RequestDefaults = RequestDefaults()
+
+
+def _whole(low: int, high: int | None = None) -> BeforeValidator:
+    """Whole numbers from `low` to `high`. Neither True nor 20.0 nor "20" is one: each hides a mistake."""
+    span = f"a whole number, {low} or more" if high is None else f"a whole number from {low} to {high}"
+
+    def check(value: Any) -> int:
+        try:
+            if isinstance(value, bool):
+                raise TypeError
+            number = operator.index(value)
+        except TypeError:
+            near = ""
+            if isinstance(value, float) and math.isfinite(value):
+                near = _nearest(_clamp(math.floor(value), low, high), _clamp(math.ceil(value), low, high))
+            raise ValueError(f"must be {span}{near}") from None
+        if number != _clamp(number, low, high):
+            raise ValueError(f"must be {span}{_nearest(_clamp(number, low, high))}")
+        return number
+
+    return BeforeValidator(check)
+
+
+def _real(accepts: Callable[[float], bool], span: str, nearest: str) -> BeforeValidator:
+    """Finite numbers that `accepts`."""
+
+    def check(value: object) -> float:
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise ValueError(f"must be {span}")
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
+            raise ValueError(f"must be {span}, and finite")
+        if not accepts(number):
+            raise ValueError(f"must be {span}; nearest: {nearest}")
+        return number
+
+    return BeforeValidator(check)
+
+
+def _clamp(number: int, low: int, high: int | None) -> int:
+    return max(low, number if high is None else min(number, high))
+
+
+def _nearest(*values: int) -> str:
+    return "; nearest: " + " or ".join(str(value) for value in sorted(set(values)))
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError("must be text")
+    for position, character in enumerate(value):
+        if "\ud800" <= character <= "\udfff":
+            raise ValueError(f"must be valid Unicode, but character {position + 1} is half of a pair ({character!a})")
+    return value
+
+
+def _said(value: object) -> str:
+    text = _text(value)
+    if not text.strip():
+        raise ValueError("must say something, and is empty")
+    return text
+
+
+def _identifier(value: object) -> str:
+    text = _said(value)
+    if len(text) > MAX_ID_LENGTH or not text.isprintable():
+        raise ValueError(f"must be printable text of at most {MAX_ID_LENGTH} characters")
+    return text
+
+
+def _tags(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple | set | frozenset):
+        raise ValueError('must be a list of texts, as in ["cats", "night"]')
+    return tuple(_said(tag) for tag in (value if isinstance(value, list | tuple) else sorted(map(str, value))))
+
+
+Text = Annotated[str, BeforeValidator(_text)]
+Prompt = Annotated[str, BeforeValidator(_said)]
+Side = Annotated[int, _whole(1, MAX_SIDE)]
+
+
+class VideoRequest(BaseModel):
+    """One video to be made. Frozen; raises `RequestError` naming each bad field, its value and the nearest good ones.
+
+    `None` in height, width, frames, steps, guidance, flow_shift or fps means the model's own default.
+
+    prompt: what the video shows. prompt_2: a separate prompt for CLIP; without it, CLIP reads `prompt`.
+    negative_prompt, true_cfg: with a negative prompt (`""` will do) and true_cfg above 1, every step runs a second,
+        unconditional branch (classifier-free guidance).
+    seed: of the noise, 64 bits; drawn at random when not given, so that it is always recorded.
+    height, width: in pixels. frames: multiple of 4, plus 1. steps: denoising steps. fps: frames a second of the file.
+    guidance: the embedded guidance scale. flow_shift: the timestep shift of the flow-matching schedule.
+    id: names the request within a run; drawn at random when not given. tags: yours, kept in the sidecar.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prompt: Prompt
+    prompt_2: Text | None = None
+    negative_prompt: Text | None = None
+    seed: Annotated[int, _whole(0, SEED_LIMIT - 1)] = Field(default_factory=lambda: secrets.randbits(32))
+    height: Side | None = None
+    width: Side | None = None
+    frames: Annotated[int, _whole(1)] | None = None
+    steps: Annotated[int, _whole(1, MAX_STEPS)] | None = None
+    guidance: Annotated[float, _real(lambda x: x >= 0, "a number, 0 or more", "0")] | None = None
+    true_cfg: Annotated[float, _real(lambda x: x >= 1, "a number, 1 (off) or more", "1")] = 1.0
+    flow_shift: Annotated[float, _real(lambda x: x > 0, "a number above 0", "1")] | None = None
+    fps: Annotated[int, _whole(1, MAX_FPS)] | None = None
+    id: Annotated[str, BeforeValidator(_identifier)] = Field(default_factory=lambda: secrets.token_hex(6))
+    tags: Annotated[tuple[str, ...], BeforeValidator(_tags)] = ()
+
+    if not TYPE_CHECKING:  # type checkers read the signature from the fields
+
+        def __init__(self, **fields: Any) -> None:
+            try:
+                super().__init__(**fields)
+            except ValidationError as error:
+                raise RequestError(_problem(details) for details in error.errors()) from None
+
+    @property
+    def uses_cfg(self) -> bool:
+        """Whether each step runs a second, unconditional branch."""
+        return self.true_cfg > 1 and self.negative_prompt is not None
+
+    def copies(self, count: int) -> list[VideoRequest]:
+        """`count` requests that differ in seed (seed, seed + 1, …, within 64 bits) and id ("<id>-0", "<id>-1", …)."""
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise RequestError([Problem("copies", f"copies={count!r} must be a whole number, 1 or more; nearest: 1")])
+        return [
+            self.model_copy(update={"seed": (self.seed + index) % SEED_LIMIT, "id": f"{self.id}-{index}"})
+            for index in range(count)
+        ]
+
+    def for_model(self, limits: ModelLimits) -> VideoRequest:
+        """This request with the model's defaults filled in (flow_shift stays open: it is the scheduler's).
+
+        Raises `RequestError` for a size or a length that the model cannot make.
+        """
+        defaults = limits.defaults
+        filled = {
+            "height": defaults.height if self.height is None else self.height,
+            "width": defaults.width if self.width is None else self.width,
+            "frames": defaults.frames if self.frames is None else self.frames,
+        }
+        rest = {"steps": defaults.steps, "guidance": defaults.guidance, "fps": defaults.fps}
+        problems = [_off_grid(side, filled[side], limits.spatial_stride, 0) for side in ("height", "width")]
+        problems.append(_off_grid("frames", filled["frames"], limits.temporal_stride, 1))
+        if any(problems):
+            raise RequestError(problem for problem in problems if problem)
+        update = filled | {name: value for name, value in rest.items() if getattr(self, name) is None}
+        return self.model_copy(update=update)
+
+
+FIELDS: tuple[str, ...] = tuple(VideoRequest.model_fields)
+
+
+def did_you_mean(name: str, known: Iterable[str] = FIELDS) -> str:
+    """The end of a message about an unknown field: the field that was likely meant, or all there are."""
+    known = list(known)
+    close = difflib.get_close_matches(name.lower().replace("-", "_"), known, n=1)
+    return f"did you mean {close[0]}?" if close else f"the fields are {', '.join(known)}"
+
+
+def _off_grid(field: str, value: int, stride: int, offset: int) -> Problem | None:
+    """What is wrong with a value that is no multiple of `stride`, plus `offset`; None if nothing is."""
+    if (value - offset) % stride == 0:
+        return None
+    below = value - (value - offset) % stride
+    near = _nearest(*(candidate for candidate in (below, below + stride) if candidate > 0))
+    multiples = f"{stride}·k + {offset} ({offset}, {offset + stride}, {offset + 2 * stride}, …)"
+    rule = multiples if offset else f"a multiple of {stride}"
+    return Problem(field, f"{field}={value} must be {rule} for this model{near}")
+
+
+def _problem(details: ErrorDetails) -> Problem:
+    """pydantic's finding, in words for a person."""
+    field = str(details["loc"][0])
+    if details["type"] == "extra_forbidden":
+        return Problem(field, f"{field}: no such field; {did_you_mean(field)}")
+    if details["type"] == "missing":
+        return Problem(field, f"{field} is missing")
+    reason = str(details.get("ctx", {}).get("error", details["msg"]))
+    shown = repr(details["input"])
+    return Problem(field, f"{field}={shown if len(shown) <= 60 else shown[:57] + '...'} {reason}")

@@ -1,0 +1,1 @@
+"""Training of the transformer: what is learnt (the loss), apart from what it is learnt from."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,21 +16,41 @@ from torch import Tensor, nn
 from reelbatch.demo import shapes
 from reelbatch.demo.clock import Clock
 
-LEARNING_RATE = 2e-3
-STILLS = (12, 64, 64, 1)
-"""Clips a step, height, width, frames: single frames come first, they teach shapes and colours cheaply."""
-CLIPS = (((6, 64, 64, 5), 0.6), ((4, 64, 64, 9), 0.28), ((3, 64, 96, 9), 0.12))
-"""Then clips, each kind with its share of the steps."""
-STILLS_SHARE = 0.12
+LEARNING_RATE = 2.5e-3
+CROP = 32
+"""Most steps see a window of so many pixels about the shape: plain background teaches little and costs as much."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a step learns from: so many clips of one size, whole or cropped, and its share of the steps."""
+
+    clips: int
+    height: int
+    width: int
+    frames: int
+    share: float
+    cropped: bool = False
+
+
+STILLS = (Kind(16, 64, 64, 1, 1.0),)
+CROPS = (Kind(10, 64, 64, 9, 0.6, True), Kind(14, 64, 64, 5, 0.25, True), Kind(3, 64, 64, 9, 0.15))
+WHOLE = (Kind(3, 64, 64, 9, 0.5), Kind(2, 64, 96, 9, 0.3), Kind(5, 64, 64, 5, 0.2))
+STAGES = ((0.1, STILLS), (0.8, CROPS), (1.0, WHOLE))
+"""Until which part of the time each stage goes: single frames teach shapes and colours cheaply, crops teach motion, and
+whole pictures at the end settle the group norms."""
 SHAPE_WEIGHT = 4.0
 """Extra weight of the pixels that the shape covers, and again of those that it covers a little earlier or later: an
-unweighted loss is content with the background alone, and with a smear for a moving shape."""
-KL_WEIGHT = 1e-4
+unweighted loss is content with the background alone."""
+MOTION_WEIGHT = 3.0
+"""Weight of the error in what changes from frame to frame. Without it a moving shape comes out as a still smear of the
+places where it was; with it motion was right within five minutes."""
+KL_WEIGHT = 3e-4
 
 
 def build() -> AutoencoderKLHunyuanVideo:
     """Untrained. Residual branches start at zero and the posterior is narrow, so that it learns from the first step."""
-    vae = AutoencoderKLHunyuanVideo(block_out_channels=(8, 16, 64, 128), layers_per_block=1, norm_num_groups=4)
+    vae = AutoencoderKLHunyuanVideo(block_out_channels=(16, 16, 32, 64), layers_per_block=1, norm_num_groups=8)
     for name, module in vae.named_modules():
         if name.endswith(("conv2.conv", "attentions.0.to_out.0")):
             nn.init.zeros_(module.weight)
@@ -65,7 +86,34 @@ def loss(vae: AutoencoderKLHunyuanVideo, video: Tensor, cover: Float[Tensor, "cl
     nearby = F.max_pool3d(cover, (span, 5, 5), stride=1, padding=(span // 2, 2, 2))
     weight = 1 + SHAPE_WEIGHT * (nearby + cover)
     divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-    return (weight * (decoded - video).square()).mean() + KL_WEIGHT * divergence
+    error = decoded - video
+    still = (weight * error.square()).mean()
+    moving = (weight[:, :, 1:] * error.diff(dim=2).square()).mean() if video.shape[2] > 1 else 0.0
+    return still + MOTION_WEIGHT * moving + KL_WEIGHT * divergence
+
+
+def draw(kind: Kind, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Clips `[clips, 3, frames, height, width]` of any scenes, and how far the shape covers their pixels."""
+    scenes = shapes.scenes()
+    videos, covers = [], []
+    for _ in range(kind.clips):
+        scene = scenes[rng.integers(len(scenes))]
+        clip, cover = shapes.draw_masked(scene, kind.height, kind.width, kind.frames, rng)
+        if kind.cropped:
+            clip, cover = _crop(clip, cover, rng)
+        videos.append(clip)
+        covers.append(cover)
+    return to_video(videos), torch.from_numpy(np.stack(covers))[:, None]
+
+
+def _crop(clip: shapes.Clip, cover: shapes.Mask, rng: np.random.Generator) -> tuple[shapes.Clip, shapes.Mask]:
+    """A window about a point that the shape passes."""
+    passed = np.argwhere(cover.max(0) > 0)
+    jitter = rng.integers(-6, 7, 2)
+    limits = np.array(cover.shape[1:]) - CROP
+    top, left = np.clip(passed[rng.integers(len(passed))] - CROP // 2 + jitter, 0, limits)
+    window = np.s_[:, top : top + CROP, left : left + CROP]
+    return clip[window], cover[window]
 
 
 def train(minutes: float, seed: int = 0) -> Iterator[tuple[AutoencoderKLHunyuanVideo, dict[str, float]]]:
@@ -75,30 +123,25 @@ def train(minutes: float, seed: int = 0) -> Iterator[tuple[AutoencoderKLHunyuanV
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed + 1)
-    vae, scenes = build(), shapes.scenes()
+    vae = build()
     average = EMAModel(vae.parameters(), decay=0.995)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0)
-    shares = [share for _, share in CLIPS]
     for clock in Clock.run(minutes):
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * clock.cosine(warmup_steps=100)
-        stills = clock.progress < STILLS_SHARE
-        count, height, width, frames = STILLS if stills else CLIPS[rng.choice(len(CLIPS), p=shares)][0]
-        drawn = [
-            shapes.draw_masked(scenes[rng.integers(len(scenes))], height, width, frames, rng) for _ in range(count)
-        ]
-        video = to_video([clip for clip, _ in drawn])
-        cover = torch.from_numpy(np.stack([mask for _, mask in drawn]))[:, None]
+        kinds = next(kinds for until, kinds in STAGES if clock.progress <= until)
+        kind = kinds[rng.choice(len(kinds), p=[kind.share for kind in kinds])]
+        video, cover = draw(kind, rng)
         value = loss(vae, video, cover)
         optimizer.zero_grad()
         value.backward()
         norm = nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         if not norm.isfinite():
-            raise ArithmeticError(f"the gradient of step {clock.step} is not finite (clips of {frames} frames)")
+            raise ArithmeticError(f"the gradient of step {clock.step} is not finite ({kind})")
         optimizer.step()
         average.step(vae.parameters())
         if clock.step % 25 == 0 or clock.last:
-            yield _averaged(vae, average), {"step": clock.step, "loss": value.item(), "frames": frames}
+            yield _averaged(vae, average), {"step": clock.step, "loss": value.item(), "frames": kind.frames}
 
 
 def _averaged(vae: AutoencoderKLHunyuanVideo, average: EMAModel) -> AutoencoderKLHunyuanVideo:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reelbatch.prompts import Entry, PromptError, make_requests, read_prompts
+from reelbatch.jobs.prompts import Entry, PromptError, make_requests, read_prompts
 from reelbatch.request import SEED_LIMIT, ModelLimits, VideoRequest
 
 Write = Callable[..., Path]

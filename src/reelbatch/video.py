@@ -27,7 +27,7 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from .request import RequestDefaults, VideoRequest
+from reelbatch.request import RequestDefaults, VideoRequest
 
 if TYPE_CHECKING:
     import torch

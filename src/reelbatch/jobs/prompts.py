@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .request import FIELDS, SEED_LIMIT, ModelLimits, RequestError, VideoRequest, did_you_mean
+from reelbatch.request import FIELDS, SEED_LIMIT, ModelLimits, RequestError, VideoRequest, did_you_mean
 
 COLUMNS = (*FIELDS, "copies")
 WHOLE_COLUMNS = {"seed", "height", "width", "frames", "steps", "fps", "copies"}

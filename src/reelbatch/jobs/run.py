@@ -1,0 +1,59 @@
+"""A run: an engine makes videos, and a thread beside it writes them while the next steps go on."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reelbatch.engine.engine import Engine, Failure
+from reelbatch.video import Place
+
+UNWRITTEN = 4
+"""Videos that may wait for the writer before the engine waits too: frames must not pile up in memory."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a request ended: as a video at `place.path`, with its record, or with an error."""
+
+    place: Place
+    record: dict[str, Any] | None = None
+    error: BaseException | None = None
+
+
+def run(
+    engine: Engine, places: Sequence[Place], *, overwrite: bool = False, stopping: Callable[[], bool] = lambda: False
+) -> Iterator[Outcome]:
+    """Makes and writes the video of every place, giving each outcome once its file is complete.
+
+    Args:
+        places: a file for every request.
+        overwrite: whether an existing file may be replaced.
+        stopping: asked before each step; once True, no further step is taken, and what is finished is still written.
+    """
+    homes = {place.request.id: place for place in places}
+    for place in places:
+        engine.submit(place.request)
+    unwritten: deque[tuple[Place, dict[str, Any], Future[Path]]] = deque()
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="writer") as writer:
+        while (engine.waiting or engine.running) and not stopping():
+            for end in engine.step():
+                place = homes[end.request.id]
+                if isinstance(end, Failure):
+                    yield Outcome(place, error=end.error)
+                else:
+                    unwritten.append((place, end.record, writer.submit(end.save, place.path, overwrite=overwrite)))
+            yield from _written(unwritten, UNWRITTEN)
+        yield from _written(unwritten, 0)
+
+
+def _written(unwritten: deque[tuple[Place, dict[str, Any], Future[Path]]], leave: int) -> Iterator[Outcome]:
+    """What the writer is through with; waits for it only while more than `leave` are open."""
+    while unwritten and (unwritten[0][2].done() or len(unwritten) > leave):
+        place, record, future = unwritten.popleft()
+        error = future.exception()
+        yield Outcome(place, error=error) if error else Outcome(place, record)

@@ -210,6 +210,12 @@ def test_equal_requests_without_a_seed_get_different_ones_and_always_the_same() 
     assert seeds(cat | {"id": "x"}, cat | {"tags": ["y"]}, first_seed=SEED_LIMIT - 1) == [SEED_LIMIT - 1, 0]
 
 
+def test_a_first_seed_outside_64_bits_is_refused() -> None:
+    for seed in (-1, SEED_LIMIT):
+        with pytest.raises(PromptError, match=f"prompt 0: seed={seed} must be"):
+            seeds({"prompt": "a cat"}, first_seed=seed)
+
+
 def test_what_the_model_cannot_make_is_found_with_its_line() -> None:
     with pytest.raises(PromptError, match="line 9: frames=10 must be"):
         make_requests([Entry("line 9", {"prompt": "a cat", "frames": 10})], limits=ModelLimits())

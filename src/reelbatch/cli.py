@@ -11,7 +11,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from tempfile import TemporaryFile
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -49,7 +50,7 @@ def main() -> None:
         expected = isinstance(error, ValueError | OSError)
         kind = "" if expected else f" ({type(error).__name__}; REELBATCH_DEBUG=1 shows where)"
         console.print(f"error: {told}{kind}", style="red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(BAD_INPUT)
+        sys.exit(BAD_INPUT if expected else SOME_FAILED)
 
 
 def _version(wanted: bool) -> None:
@@ -116,15 +117,15 @@ def generate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N.", rich_help_panel=ENGINE)] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.", rich_help_panel=ENGINE)] = "auto",
     isolation: Annotated[
-        str,
+        Literal["exact", "packed"],
         typer.Option(
             help="exact: bit for bit the video alone. packed: equal to rounding, faster for small videos.",
             rich_help_panel=ENGINE,
         ),
     ] = "exact",
-    batch_size: Annotated[int, typer.Option(help="Videos that share a step.", rich_help_panel=ENGINE)] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Videos that share a step.", rich_help_panel=ENGINE)] = 8,
     batch_tokens: Annotated[
-        int | None, typer.Option(help="Transformer rows that share a step, at most.", rich_help_panel=ENGINE)
+        int | None, typer.Option(min=1, help="Transformer rows that share a step, at most.", rich_help_panel=ENGINE)
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the videos.", rich_help_panel=OUTPUT)] = Path("out"),
     overwrite: Annotated[
@@ -169,6 +170,8 @@ def generate(
     given = {name: value for name, value in defaults.items() if value is not None}
     requests = make_requests(entries, given, first_seed=seed, limits=info.limits)
     _warn_of_unknown_words(requests, info)
+    _warn_of_idle_guidance(requests)
+    _check_writable(out)
 
     with _warnings_as_lines():
         engine = open_engine(
@@ -281,7 +284,7 @@ def _interruptible() -> Iterator[list[int]]:
 
     def stop(signum: int, frame: object) -> None:
         if interrupted:
-            raise KeyboardInterrupt
+            raise SystemExit(INTERRUPTED)
         interrupted.append(signum)
         _say("stopping after this step (Ctrl-C again stops at once)")
 
@@ -318,6 +321,23 @@ def _warn_of_unknown_words(requests: Sequence[VideoRequest], info: ModelInfo) ->
             "Name a real model with --model (a HunyuanVideo folder in the Diffusers layout, or a hub id).",
             style="yellow",
         )
+
+
+def _warn_of_idle_guidance(requests: Sequence[VideoRequest]) -> None:
+    """Classifier-free guidance needs both a scale and a negative prompt; one alone changes nothing."""
+    if any(request.true_cfg > 1 and request.negative_prompt is None for request in requests):
+        _say('warning: true_cfg does nothing without a negative prompt ("" will do)', style="yellow")
+    if any(request.true_cfg == 1 and request.negative_prompt is not None for request in requests):
+        _say("warning: a negative prompt does nothing while true_cfg is 1", style="yellow")
+
+
+def _check_writable(out: Path) -> None:
+    """Raises OSError now rather than after the first video has been computed."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise OSError(f"--out {out}: no videos can be written there: {error.strerror}") from error
 
 
 def _say(text: str, style: str | None = None) -> None:

@@ -189,9 +189,11 @@ def contact_sheet(videos: Iterable[Video | str | Path], path: str | Path, *, fra
     style = _Style.for_rows(len(sources), frames)
     columns = -(-len(sources) // style.rows)
     sheet = Image.new("RGB", (columns * style.row_width, min(len(sources), style.rows) * style.row_height), "white")
+    end = 0
     for index, source in enumerate(sources):
         column, row = divmod(index, style.rows)
-        _draw_row(sheet, (column * style.row_width, row * style.row_height), source, style)
+        end = max(end, _draw_row(sheet, (column * style.row_width, row * style.row_height), source, style))
+    sheet = sheet.crop((0, 0, end, sheet.height))
     path.parent.mkdir(parents=True, exist_ok=True)
     shows = PngImagePlugin.PngInfo()
     shows.add_itxt("Shows", json.dumps(_shown_names(sources)))
@@ -254,28 +256,31 @@ class _Style:
         return self.label_width + self.frames * (self.cell_width + self.gap) + 2 * self.gap
 
 
-def _draw_row(sheet: Image.Image, corner: tuple[int, int], source: Video | str | Path, style: _Style) -> None:
+def _draw_row(sheet: Image.Image, corner: tuple[int, int], source: Video | str | Path, style: _Style) -> int:
+    """Returns where the row ends, in pixels from the left of the sheet."""
     left, top = corner[0] + style.gap, corner[1] + style.gap // 2
-    note = ""
     pictures: list[Image.Image] = []
     try:
         prompt, about, frames = _row_of(source)
     except (OSError, ValueError) as error:
         prompt, note = str(source), f"cannot be read: {error}"
     else:
-        note = f"{about}{frames.shape[2]}×{frames.shape[1]}, {len(frames)} frames"
+        note = f"{about}{frames.shape[2]}×{frames.shape[1]}, {len(frames)} frame{'s' if len(frames) > 1 else ''}"
         spread = np.linspace(0, len(frames) - 1, min(style.frames, len(frames))).round().astype(int)
         pictures = [_fit(frames[index], style.cell_width, style.height) for index in spread]
     draw = ImageDraw.Draw(sheet)
     font, line = _font(style.text), style.text * 5 // 4
-    letters = max(8, int(style.label_width / (style.text * 0.58)))
-    lines = textwrap.wrap(_printable(prompt), letters, max_lines=style.height // line - 1, placeholder=" …") or [""]
-    draw.text((left, top), "\n".join(lines), fill="black", font=font, spacing=line - style.text)
-    draw.text((left, top + style.height - line), _printable(note)[: letters + 6], fill="dimgray", font=font)
+    letters = int(style.label_width / (style.text * 0.58))
+    lines = textwrap.wrap(_printable(prompt), letters, max_lines=style.height // line - 1, placeholder=" …")
+    for row, (text, color) in enumerate(
+        [*((text, "black") for text in lines), (_printable(note)[:letters], "dimgray")]
+    ):
+        draw.text((left, top + row * line), text, fill=color, font=font)
     x = left + style.label_width
     for picture in pictures:
         sheet.paste(picture, (x, top + (style.height - picture.height) // 2))
         x += picture.width + style.gap
+    return x
 
 
 def _row_of(source: Video | str | Path) -> tuple[str, str, Frames]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,6 +46,8 @@ MOTION_WEIGHT = 3.0
 """Weight of the error in what changes from frame to frame. Without it a moving shape comes out as a still smear of the
 places where it was; with it motion was right within five minutes."""
 KL_WEIGHT = 3e-4
+POLISH_RATE = 1e-3
+POLISH_NOISE = 0.05
 
 
 def build() -> AutoencoderKLHunyuanVideo:
@@ -76,20 +78,39 @@ def to_clip(video: Float[Tensor, "3 frames height width"]) -> shapes.Clip:
     return video.clamp(-1, 1).add(1).mul(127.5).round().byte().permute(1, 2, 3, 0).numpy()
 
 
-def loss(vae: AutoencoderKLHunyuanVideo, video: Tensor, cover: Float[Tensor, "clips 1 frames height width"]) -> Tensor:
-    """Squared error, weighted towards the shape, and a little KL divergence."""
-    mean, log_variance = vae.quant_conv(vae.encoder(video)).chunk(2, dim=1)
-    log_variance = log_variance.clamp(-12, 4)
-    latents = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
-    decoded = vae.decoder(vae.post_quant_conv(latents))
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""Of videos and of how far the shape covers their pixels."""
+
+
+def reconstruction_loss(decoded: Tensor, video: Tensor, cover: Float[Tensor, "clips 1 frames height width"]) -> Tensor:
+    """Squared error, weighted towards the shape, of the pictures and of what changes from one to the next."""
     span = min(5, video.shape[2])
     nearby = F.max_pool3d(cover, (span, 5, 5), stride=1, padding=(span // 2, 2, 2))
     weight = 1 + SHAPE_WEIGHT * (nearby + cover)
-    divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
     error = decoded - video
     still = (weight * error.square()).mean()
     moving = (weight[:, :, 1:] * error.diff(dim=2).square()).mean() if video.shape[2] > 1 else 0.0
-    return still + MOTION_WEIGHT * moving + KL_WEIGHT * divergence
+    return still + MOTION_WEIGHT * moving
+
+
+def loss(vae: AutoencoderKLHunyuanVideo, video: Tensor, cover: Tensor) -> Tensor:
+    """Reconstruction from a sample of the posterior, and a little KL divergence."""
+    mean, log_variance = vae.quant_conv(vae.encoder(video)).chunk(2, dim=1)
+    log_variance = log_variance.clamp(-12, 4)
+    latents = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
+    divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+    return reconstruction_loss(_decode(vae, latents), video, cover) + KL_WEIGHT * divergence
+
+
+def polish_loss(vae: AutoencoderKLHunyuanVideo, video: Tensor, cover: Tensor) -> Tensor:
+    """Reconstruction from slightly wrong latents, as a transformer leaves them."""
+    with torch.no_grad():
+        latents = vae.encode(video).latent_dist.mean
+    return reconstruction_loss(_decode(vae, latents + POLISH_NOISE * torch.randn_like(latents)), video, cover)
+
+
+def _decode(vae: AutoencoderKLHunyuanVideo, latents: Tensor) -> Tensor:
+    return vae.decoder(vae.post_quant_conv(latents))
 
 
 def draw(kind: Kind, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
@@ -116,26 +137,48 @@ def _crop(clip: shapes.Clip, cover: shapes.Mask, rng: np.random.Generator) -> tu
     return clip[window], cover[window]
 
 
-def train(minutes: float, seed: int = 0) -> Iterator[tuple[AutoencoderKLHunyuanVideo, dict[str, float]]]:
-    """Trains for so many minutes. Gives the averaged weights and what to log, now and then and at the end.
+Progress = Iterator[tuple[AutoencoderKLHunyuanVideo, dict[str, float]]]
+"""Averaged weights and what to log, now and then and at the end."""
+
+
+def train(minutes: float, seed: int = 0) -> Progress:
+    """Trains from nothing for so many minutes.
 
     The learning rate follows the clock (a cosine), so that any machine comes to a finished model in the time it has.
     """
     torch.manual_seed(seed)
-    rng = np.random.default_rng(seed + 1)
     vae = build()
+    return _descend(vae, vae, STAGES, lambda *clips: loss(vae, *clips), minutes, LEARNING_RATE, seed + 1)
+
+
+def polish(vae: AutoencoderKLHunyuanVideo, minutes: float, seed: int = 0) -> Progress:
+    """Trains the decoder alone, on whole pictures: the latents, and a transformer that knows them, stay as they are."""
+    torch.manual_seed(seed)
+    decoder = nn.ModuleList([vae.decoder, vae.post_quant_conv])
+    return _descend(vae, decoder, ((1.0, WHOLE),), lambda *clips: polish_loss(vae, *clips), minutes, POLISH_RATE, seed)
+
+
+def _descend(
+    vae: AutoencoderKLHunyuanVideo,
+    learns: nn.Module,
+    stages: tuple[tuple[float, tuple[Kind, ...]], ...],
+    loss: Loss,
+    minutes: float,
+    rate: float,
+    seed: int,
+) -> Progress:
+    rng = np.random.default_rng(seed)
     average = EMAModel(vae.parameters(), decay=0.995)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(learns.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
     for clock in Clock.run(minutes):
         for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * clock.cosine(warmup_steps=100)
-        kinds = next(kinds for until, kinds in STAGES if clock.progress <= until)
+            group["lr"] = rate * clock.cosine(warmup_steps=100)
+        kinds = next(kinds for until, kinds in stages if clock.progress <= until)
         kind = kinds[rng.choice(len(kinds), p=[kind.share for kind in kinds])]
-        video, cover = draw(kind, rng)
-        value = loss(vae, video, cover)
+        value = loss(*draw(kind, rng))
         optimizer.zero_grad()
         value.backward()
-        norm = nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        norm = nn.utils.clip_grad_norm_(learns.parameters(), 1.0)
         if not norm.isfinite():
             raise ArithmeticError(f"the gradient of step {clock.step} is not finite ({kind})")
         optimizer.step()

@@ -24,6 +24,8 @@ FLOW_SHIFT = 3.0
 GUIDANCE = (1.0, 8.0)
 """Drawn at random while training, so that the model works with any scale (its clips need no guidance)."""
 CAPTION_DROPOUT = 0.1
+MODULATIONS = (["norm"], ["norm1"], ["norm1_context"], ["norm_out"])
+"""Names of the modules whose linear layer makes shifts, scales and gates."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ def build() -> HunyuanVideoTransformer3DModel:
         rope_axes_dim=(8, 20, 20),
     )
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and name.split(".")[-2] in {"norm", "norm1", "norm1_context", "norm_out"}:
+        if isinstance(module, nn.Linear) and name.split(".")[-2:-1] in MODULATIONS:
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
     nn.init.zeros_(model.proj_out.weight)

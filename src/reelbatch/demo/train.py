@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,8 +29,10 @@ BUNDLED = Path(__file__).parent / "model"
 RECORD = Path(__file__).parent / "training.json"
 """Settings and loss curves of the run that made the bundled model."""
 
-LATENT_SHAPES = ((64, 64, 9),) * 6 + ((64, 96, 9),) * 2 + ((64, 64, 5),) * 2
+LATENT_SHAPES = ((64, 64, 9),) * 5 + ((64, 96, 9),) * 2 + ((64, 64, 13),) * 2 + ((64, 64, 5),)
 """Height, width and frames of the clips that the transformer learns from, in these proportions."""
+ENCODE_BATCH = 16
+TRAINED = ("vae", "vae_polished", "transformer")
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 Work = Annotated[Path, typer.Option(help="Folder for the parts, between the stages.")]
@@ -65,23 +68,32 @@ def latents(work: Work, clips: Annotated[int, typer.Option(help="How many to enc
     scenes, _ = shapes.split()
     rng = np.random.default_rng(2)
 
-    def draw(i: int) -> tuple[shapes.Scene, torch.Tensor]:
-        scene = scenes[rng.integers(len(scenes))]
-        height, width, frames = LATENT_SHAPES[i % len(LATENT_SHAPES)]
-        return scene, autoencoder.to_video([shapes.draw(scene, height, width, frames, rng)])
+    def encoded(count: int) -> Iterator[EncodedClip]:
+        for (height, width, frames), share in Counter(LATENT_SHAPES).items():
+            left = count * share // len(LATENT_SHAPES)
+            while left > 0:
+                batch = [scenes[rng.integers(len(scenes))] for _ in range(min(left, ENCODE_BATCH))]
+                video = autoencoder.to_video([shapes.draw(scene, height, width, frames, rng) for scene in batch])
+                means = model.encode(video).latent_dist.mean
+                # cloned: a view would drag its whole batch into the file
+                yield from (EncodedClip(mean.clone(), scene) for mean, scene in zip(means, batch, strict=True))
+                left -= len(batch)
 
-    def encode(video: torch.Tensor) -> torch.Tensor:
-        return model.encode(video).latent_dist.mean[0]
-
-    autoencoder.whiten(model, [encode(draw(i)[1]) for i in range(300)])
+    autoencoder.whiten(model, [clip.latents for clip in encoded(300)])
     model.save_pretrained(work / "vae_whitened")
-    encoded = [EncodedClip(encode(video), scene) for scene, video in (draw(i) for i in range(clips))]
-    torch.save([(clip.latents, vars(clip.scene)) for clip in encoded], work / "latents.pt")
+    torch.save([(clip.latents, vars(clip.scene)) for clip in encoded(clips)], work / "latents.pt")
+
+
+@app.command()
+def polish(work: Work, minutes: Minutes = 10) -> None:
+    """Stage 4: the VAE's decoder alone, further; may run before, beside or after the transformer."""
+    model = AutoencoderKLHunyuanVideo.from_pretrained(work / "vae_whitened")
+    _train(work, "vae_polished", minutes, autoencoder.polish(model, minutes))
 
 
 @app.command()
 def transformer(work: Work, minutes: Minutes = 30) -> None:
-    """Stage 4: the transformer, on the encoded clips."""
+    """Stage 5: the transformer, on the encoded clips."""
     encoded = [EncodedClip(clip, shapes.Scene(**scene)) for clip, scene in torch.load(work / "latents.pt")]
     encoder = TextEncoder(*_text_towers(work), cache_size=len(shapes.scenes()) * len(shapes.WORDINGS) + 1)
     _train(work, "transformer", minutes, denoiser.train(encoded, encoder, minutes))
@@ -89,14 +101,14 @@ def transformer(work: Work, minutes: Minutes = 30) -> None:
 
 @app.command()
 def export(work: Work, to: Annotated[Path, typer.Option(help="The model folder.")] = BUNDLED) -> None:
-    """Stage 5: a model folder in the Diffusers layout, and the record of the training."""
+    """Stage 6: a model folder in the Diffusers layout, and the record of the training."""
     llama, tokenizer, clip, tokenizer_2 = _text_towers(work)
     pipeline = HunyuanVideoPipeline(
         text_encoder=llama,
         tokenizer=tokenizer,
         # half precision keeps the package small; it is loaded in the dtype that is asked for
         transformer=HunyuanVideoTransformer3DModel.from_pretrained(work / "transformer", torch_dtype=torch.float16),
-        vae=AutoencoderKLHunyuanVideo.from_pretrained(work / "vae_whitened"),
+        vae=AutoencoderKLHunyuanVideo.from_pretrained(work / "vae_polished"),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=denoiser.FLOW_SHIFT),
         text_encoder_2=clip,
         tokenizer_2=tokenizer_2,
@@ -111,7 +123,7 @@ def export(work: Work, to: Annotated[Path, typer.Option(help="The model folder."
     }
     (to / "reelbatch.json").write_text(json.dumps(profile, indent=2) + "\n", encoding="utf-8")
     if to == BUNDLED:
-        record = {stage: json.loads((work / f"{stage}.json").read_text()) for stage in ("vae", "transformer")}
+        record = {stage: json.loads((work / f"{stage}.json").read_text()) for stage in TRAINED}
         RECORD.write_text(json.dumps(record) + "\n", encoding="utf-8")
 
 

@@ -49,7 +49,7 @@ class Bars:
     def __init__(self, requests: Sequence[VideoRequest], console: Console) -> None:
         self._requests = {request.id: request for request in requests}
         self._bars = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),  # a prompt may hold brackets
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[pace]}"),

@@ -91,12 +91,15 @@ def make_requests(
         fields = dict(defaults or {}) | dict(entry.fields)
         copies = fields.pop("copies", 1)
         try:
+            counted = first_seed is not None and "seed" not in fields
+            if counted:
+                fields["seed"] = first_seed
             request = VideoRequest(**fields)
             if limits is not None:
                 request = request.for_model(limits)
-            if first_seed is not None and "seed" not in fields:
-                twin = request.model_copy(update={"seed": 0, "id": "", "tags": ()})
-                request = request.model_copy(update={"seed": (first_seed + seeds_taken[twin]) % SEED_LIMIT})
+            if counted:
+                twin = request.model_copy(update={"id": "", "tags": ()})
+                request = request.model_copy(update={"seed": (request.seed + seeds_taken[twin]) % SEED_LIMIT})
                 made = _copies(request, copies)
                 seeds_taken[twin] += len(made)
             else:

@@ -1,0 +1,273 @@
+"""The command line: what a person types, sees and finds in the folder."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+import reelbatch
+from reelbatch.cli import app, main
+from reelbatch.engine.engine import Engine, Progress
+from reelbatch.jobs import run as run_room
+from reelbatch.jobs.progress import display, duration, shorten
+from reelbatch.video import read_record, read_video
+
+
+def call(*words: str | Path):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def records(result) -> list[dict]:
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_prompts_become_videos_sidecars_and_one_contact_sheet(tiny_folder: Path, here: Path) -> None:
+    result = call("generate", "a red cat", "a blue dog", "--copies", 2, "--model", tiny_folder, "--out", "o", "--json")
+    assert result.exit_code == 0
+    made = records(result)
+    assert [record["state"] for record in made] == ["done"] * 4
+    assert {(record["request"]["prompt"], record["request"]["seed"]) for record in made} == {
+        (prompt, seed) for prompt in ("a red cat", "a blue dog") for seed in (0, 1)
+    }
+    for record in made:
+        assert read_video(record["path"]).shape == (9, 32, 32, 3)
+        assert read_record(record["path"])["batch"]["largest"] == 4
+    assert (here / "o" / "contact-sheet.png").is_file()
+    assert len(list((here / "o").glob("*.mp4"))) == 4
+
+
+def test_a_file_of_mixed_requests_is_one_batch_and_each_video_is_what_it_is_alone(
+    tiny_folder: Path, here: Path
+) -> None:
+    lines = [
+        {"prompt": "a red cat", "frames": 5},
+        {"prompt": "a blue dog", "width": 48, "steps": 5, "seed": 7},
+        {"prompt": "the sea", "negative_prompt": "", "true_cfg": 2.0, "copies": 2},
+    ]
+    (here / "p.jsonl").write_text("\n".join(json.dumps(line) for line in lines), encoding="utf-8")
+    result = call("generate", "--prompts", "p.jsonl", "--model", tiny_folder, "--json", "--out", "o")
+    assert result.exit_code == 0
+    engine = Engine.from_pretrained(str(tiny_folder))
+    for record in records(result):
+        (alone,) = engine.generate([reelbatch.VideoRequest(**record["request"])])
+        assert record["frames_sha256"] == alone.frames_sha256
+
+
+def test_the_same_command_again_makes_only_what_is_missing(tiny_folder: Path, here: Path) -> None:
+    words = ("generate", "a red cat", "a red cat", "a dog", "--model", tiny_folder, "--out", "o", "--json")
+    first = records(call(*words))
+    Path(first[1]["path"]).unlink()
+    again = call(*words)
+    assert "2 of 3 videos are there already" in again.stderr
+    states = {record["path"]: record["state"] for record in records(again)}
+    assert sorted(states.values()) == ["done", "kept", "kept"]
+    assert states[first[1]["path"]] == "done"
+    assert {record["frames_sha256"] for record in records(again)} == {record["frames_sha256"] for record in first}
+    assert [record["state"] for record in records(call(*words, "--overwrite"))] == ["done"] * 3
+
+
+def test_all_faults_are_told_at_once_and_before_a_model_is_loaded(
+    tiny_folder: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reelbatch.cli.open_engine", lambda *_, **__: pytest.fail("the model was loaded"))
+    (here / "p.csv").write_text("prompt,frames\na cat,10\na dog,9\n,5\n", encoding="utf-8")
+    result = call("generate", "--prompts", "p.csv", "--width", 50, "--model", tiny_folder)
+    told = str(result.exception)
+    assert "p.csv, line 2: frames=10 must be 4·k + 1" in told
+    assert "nearest: 9 or 13" in told
+    assert "p.csv, line 3: width=50 must be a multiple of 16" in told
+    assert "p.csv, line 4: prompt=''" in told
+
+
+def test_a_request_that_fails_is_told_and_the_others_are_made(
+    tiny_folder: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = reelbatch.Video.save
+
+    def full_disk(self, path, *, overwrite=False):
+        if self.request.prompt == "a dog":
+            raise OSError(28, "No space left on device")
+        return save(self, path, overwrite=overwrite)
+
+    monkeypatch.setattr(reelbatch.Video, "save", full_disk)
+    result = call("generate", "a cat", "a dog", "the sea", "--model", tiny_folder, "--json", "--out", "o")
+    assert result.exit_code == 1
+    by_state = {record["request"]["prompt"]: record for record in records(result)}
+    assert by_state["a dog"]["state"] == "failed"
+    assert "No space left" in by_state["a dog"]["error"]["message"]
+    assert by_state["a cat"]["state"] == by_state["the sea"]["state"] == "done"
+    assert "failed" in result.stderr
+
+
+def test_what_cannot_work_is_refused_before_a_model_is_loaded(
+    tiny_folder: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reelbatch.cli.open_engine", lambda *_, **__: pytest.fail("the model was loaded"))
+    (here / "file").touch()
+    command = ("generate", "a cat", "--model", tiny_folder)
+    assert "no videos can be written there" in str(call(*command, "--out", "file").exception)
+    assert "seed=-1 must be a whole number from 0" in str(call(*command, "--seed", -1).exception)
+    for words in (("--isolation", "packd"), ("--batch-size", 0), ("--batch-tokens", 0), ("--steps", "ten")):
+        result = call(*command, *words)
+        assert result.exit_code == 2
+        assert words[0] in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "warned"),
+    [
+        (("--true-cfg", 3), "true_cfg does nothing without a negative prompt"),
+        (("--negative-prompt", "blur"), "a negative prompt does nothing while true_cfg is 1"),
+        (("--true-cfg", 3, "--negative-prompt", ""), ""),
+        ((), ""),
+    ],
+)
+def test_guidance_that_does_nothing_is_told(
+    tiny_folder: Path, here: Path, words: tuple[object, ...], warned: str
+) -> None:
+    told = call("generate", "a cat", "--steps", 1, "--frames", 1, "--model", tiny_folder, *words).stderr
+    assert warned in told
+    assert bool(warned) == ("warning" in told)
+
+
+def test_bugs_of_ours_are_no_bad_input(
+    tiny_folder: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("out of paper")
+
+    monkeypatch.setattr("reelbatch.cli.open_engine", broken)
+    monkeypatch.setattr("sys.argv", ["reelbatch", "generate", "a cat", "--model", str(tiny_folder)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    assert "error: out of paper (RuntimeError" in capsys.readouterr().err
+
+
+def run_command(*words: str | Path, **options) -> subprocess.Popen:
+    command = [sys.executable, "-m", "reelbatch", *map(str, words)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_an_error_is_a_line_and_not_a_traceback(here: Path) -> None:
+    process = run_command("generate", "a cat", "--model", here / "nothing")
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert told.startswith("error: ")
+    assert "no such folder" in told
+    assert "Traceback" not in told
+
+
+def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(tiny_folder: Path, here: Path) -> None:
+    words = (
+        "generate",
+        "a cat",
+        "--copies",
+        40,
+        "--steps",
+        20,
+        "--batch-size",
+        1,
+        "--model",
+        tiny_folder,
+        "--out",
+        "o",
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = run_command(*words, "--json", env=environment)
+    assert process.stdout is not None
+    process.stdout.readline()  # one video is done
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "the same command makes what is missing" in told
+    done = list((here / "o").glob("*.mp4"))
+    assert 1 <= len(done) < 40
+    assert all(len(read_video(path)) == 9 for path in done)
+    assert not list((here / "o").glob("*.part"))
+    again = call("generate", "a cat", "--copies", len(done) + 1, *words[4:], "--json")
+    assert sorted(record["state"] for record in records(again)) == ["done", *["kept"] * len(done)]
+
+
+def test_the_writer_holds_the_engine_back_rather_than_piling_frames_up(
+    tiny_folder: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[Path] = []
+
+    def slow(self, path, *, overwrite=False):
+        time.sleep(0.05)
+        written.append(path)
+        return path
+
+    monkeypatch.setattr(reelbatch.Video, "save", slow)
+    engine = Engine.from_pretrained(str(tiny_folder), max_batch_size=1)
+    requests = [
+        reelbatch.VideoRequest(prompt="a cat", seed=i, steps=1, frames=1, height=16, width=16) for i in range(12)
+    ]
+    every = reelbatch.video.places(requests, here, engine.info)
+    finished = 0
+    decode = engine.components.decoder.decode
+
+    def counting(latents):
+        nonlocal finished
+        finished += 1
+        assert finished - len(written) <= run_room.UNWRITTEN + 2
+        return decode(latents)
+
+    monkeypatch.setattr(engine.components.decoder, "decode", counting)
+    outcomes = list(run_room.run(engine, every))
+    assert [outcome.error for outcome in outcomes] == [None] * 12
+
+
+def test_model_info_tells_what_a_folder_holds(tiny_folder: Path) -> None:
+    result = call("model-info", tiny_folder, "--json")
+    info = json.loads(result.stdout)
+    assert result.exit_code == 0
+    assert info["fits"]
+    assert {component["name"] for component in info["components"]} >= {"transformer", "vae", "text_encoder"}
+    assert "can run" in call("model-info", tiny_folder).stdout
+
+
+def test_help_teaches(here: Path) -> None:
+    told = call("generate", "--help").stdout
+    assert "Examples" in told
+    assert "--isolation" in told
+    assert call("--version").stdout.strip() == f"reelbatch {reelbatch.__version__}"
+
+
+def test_bars_show_a_prompt_as_it_is_written() -> None:
+    request = reelbatch.VideoRequest(prompt="[/red] a [bold]cat")
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    with display([request], console) as shown:
+        shown.progress(Progress(request.id, "denoise", 1, 4, 0.25))
+    told = console.file.getvalue()
+    assert "[/red] a [bold]cat" in told
+    assert "1/4" in told
+    assert "0.25 s/step" in told
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(8.4, "8 s"), (200, "3 min 20 s"), (18720, "5 h 12 min")])
+def test_times_are_said_as_people_say_them(seconds: float, said: str) -> None:
+    assert duration(seconds) == said
+
+
+def test_long_prompts_are_shortened() -> None:
+    assert shorten("a " * 50, 10) == "a a a a a…"
+    assert np.all([len(shorten("x" * n, 10)) <= 10 for n in range(30)])

@@ -342,6 +342,15 @@ def test_two_requests_of_one_id_are_refused(fp32: Components) -> None:
         engine.submit(simple(0))
 
 
+def test_an_id_is_free_again_once_its_request_has_ended(fp32: Components) -> None:
+    engine = Engine(fp32)
+    engine.generate([simple(0)])
+    engine.submit(simple(0))
+    with pytest.raises(ValueError, match="1 submitted requests are in line"):
+        engine.generate([simple(1)])
+    assert [end.request.id for end in engine.run()] == ["r0"]
+
+
 def test_an_unknown_isolation_is_refused(fp32: Components) -> None:
     with pytest.raises(ValueError, match="'exact' or 'packed'"):
         Engine(fp32, isolation="padded")  # type: ignore[arg-type]

@@ -159,6 +159,18 @@ def test_velocity_is_the_reference_for_every_sample_of_a_ragged_batch(patch: int
         assert relative_error(ours, theirs) < 1e-5
 
 
+def test_gradients_are_the_references() -> None:
+    reference, ours = tiny.transformer(2), ours_from(REFERENCES[2])
+    branches = [make_branch(i, text=5 + 9 * i, timestep=900 - 300 * i) for i in range(3)]
+    reference_velocities(reference, branches).square().sum().backward()
+    torch.stack(ours([branches])[0]).square().sum().backward()
+    expected = {name: parameter.grad for name, parameter in reference.named_parameters()}
+    largest = max(gradient.abs().max().item() for gradient in expected.values())  # some are zero but for rounding
+    for name, parameter in ours.named_parameters():
+        assert parameter.grad is not None, name
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-6 * largest)
+
+
 @torch.no_grad()
 def test_bfloat16_is_no_further_from_double_precision_than_the_reference_is() -> None:
     ours, reference = ours_from(REFERENCES[2]).bfloat16(), tiny.transformer(2).bfloat16()

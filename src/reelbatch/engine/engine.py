@@ -93,6 +93,7 @@ class Engine:
         self.should_cancel: Callable[[str], bool] | None = None
         self._waiting: deque[VideoRequest] = deque()
         self._running: list[Sample] = []
+        self._ids: set[str] = set()
         self._cancelled: set[str] = set()
 
     @classmethod
@@ -170,8 +171,9 @@ class Engine:
             RequestError: if the model cannot make it, or a request of this id is already here.
         """
         request = request.for_model(self.limits)
-        if request.id in {sample.request.id for sample in self._running} | {other.id for other in self._waiting}:
+        if request.id in self._ids:
             raise ValueError(f"id is {request.id!r}, which another request in line has; ids must differ.")
+        self._ids.add(request.id)
         self._waiting.append(request)
         return request.id
 
@@ -197,11 +199,14 @@ class Engine:
 
         Raises:
             RequestError: before anything runs, if one of them cannot be made.
+            ValueError: if requests are in line already: what becomes of them comes out of `run`.
             FailedRequests: after the others finished, if some failed; it holds the videos and the failures.
         """
+        if self._ids:
+            raise ValueError(f"{len(self._ids)} submitted requests are in line: call run() for them first.")
         resolved = [request.for_model(self.limits) for request in requests]
         order = {self.submit(request): i for i, request in enumerate(resolved)}
-        ended = sorted((end for end in self.run() if end.request.id in order), key=lambda end: order[end.request.id])
+        ended = sorted(self.run(), key=lambda end: order[end.request.id])
         videos = [end for end in ended if isinstance(end, Video)]
         failures = [end for end in ended if isinstance(end, Failure)]
         if failures:
@@ -326,6 +331,7 @@ class Engine:
             },
             latents=sample.latents.cpu() if self.keep_latents else None,
         )
+        self._ids.discard(sample.request.id)
         self._report(sample.request, "done", sample.step)
         return video
 
@@ -353,6 +359,7 @@ class Engine:
         return branches * (self._video_tokens(request) + self.components.text.max_tokens)
 
     def _fail(self, request: VideoRequest, error: Exception) -> Failure:
+        self._ids.discard(request.id)
         cancelled = isinstance(error, Cancelled)
         self._report(request, "cancelled" if cancelled else "failed", 0)
         return Failure(request, error, cancelled)

@@ -44,6 +44,8 @@ LARGEST_SECONDS = 2.0
 CLIPS = ((64, 64, 9), (128, 128, 9))
 """Height, width and frames of the end-to-end cells."""
 STEPS = 10
+LARGEST_CLIP_SECONDS = 5.0
+"""A clip is used if one run of Diffusers at batch 1 takes no longer."""
 GIANT_SHAPES = (((61, 320, 512), 60), ((129, 720, 1280), 12))
 """Frames, height and width for the 13B configuration, and how many of its 60 blocks run (the time is then scaled)."""
 
@@ -88,6 +90,14 @@ def measure(ways: dict[Way, Callable[[], object]], budget: float, device: str) -
             seconds[name].append(run(way))
         repeats += 1
     return {name: statistics.median(times) for name, times in seconds.items()}, repeats
+
+
+def second_call(way: Callable[[], object]) -> float:
+    """Seconds that it takes once warm."""
+    way()
+    started = time.perf_counter()
+    way()
+    return time.perf_counter() - started
 
 
 # -- the transformer alone -------------------------------------------------------------------------
@@ -142,11 +152,7 @@ def transformer_cells(dtype: str, batches: list[int], budget: float) -> list[Cel
     ours = HunyuanVideoTransformer3DModel.from_pretrained(folder, torch_dtype=DTYPES[dtype]).eval()
 
     def affordable(shape: tuple[int, int, int]) -> bool:
-        way = transformer_ways(reference, ours, shape, 1)[0]["diffusers"]
-        way()
-        started = time.perf_counter()
-        way()
-        return time.perf_counter() - started <= LARGEST_SECONDS
+        return second_call(transformer_ways(reference, ours, shape, 1)[0]["diffusers"]) <= LARGEST_SECONDS
 
     fitting = [shape for shape in SHAPES if affordable(shape)]
     cells = []
@@ -197,6 +203,8 @@ def end_to_end_cells(dtype: str, batches: list[int], budget: float) -> list[Cell
                 components.text.forget()  # each run encodes its prompts anew, as Diffusers does
                 return Engine(components, isolation=isolation, max_batch_size=len(requests)).generate(requests)
 
+            if batch == batches[0] and second_call(theirs) > LARGEST_CLIP_SECONDS:
+                break
             ways: dict[Way, Callable[[], object]] = {
                 "diffusers": theirs,
                 "packed": lambda: ours("packed"),
@@ -277,7 +285,7 @@ def main(
     dtype: Annotated[list[str], typer.Option(help="fp32 or bf16.")] = ["fp32", "bf16"],  # noqa: B006
     batch: Annotated[list[int], typer.Option(help="Batch sizes.")] = [1, 2, 4, 8],  # noqa: B006
     device: Annotated[str, typer.Option(help="Only the 13B part runs on another than the CPU.")] = "cpu",
-    budget: Annotated[float, typer.Option(help="Seconds a cell, beyond the first three repeats.")] = 5.0,
+    budget: Annotated[float, typer.Option(help="Seconds a cell, beyond the first three repeats.")] = 2.0,
     out: Annotated[Path, typer.Option(help="Where the table and its figures go.")] = RESULTS,
 ) -> None:
     """Runs the comparison, prints its table and keeps it under benchmarks/results/."""

@@ -138,6 +138,15 @@ def test_threads_do_not_make_a_batch_differ_from_its_samples_alone(components: C
         torch.set_num_threads(threads)
 
 
+def test_half_precision_runs_and_is_exact_too(tiny_folder: Path) -> None:
+    components = load(tiny_folder, "cpu", torch.float16)
+    requests = [simple(i, steps=2, frames=1 + 4 * i) for i in range(2)]
+    for id, video in make(components, requests).items():
+        assert_bit_identical(video, alone(components, next(r for r in requests if r.id == id)))
+        assert video.latents is not None
+        assert video.latents.dtype == torch.float32
+
+
 # -- and it is Diffusers' video --------------------------------------------------------------------
 
 

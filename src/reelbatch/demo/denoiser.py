@@ -57,12 +57,19 @@ def build() -> HunyuanVideoTransformer3DModel:
 
 
 def train(
-    clips: Sequence[EncodedClip], text: TextEncoder, minutes: float, seed: int = 0
+    clips: Sequence[EncodedClip],
+    text: TextEncoder,
+    minutes: float,
+    start: HunyuanVideoTransformer3DModel | None = None,
+    seed: int = 0,
 ) -> Iterator[tuple[HunyuanVideoTransformer3DModel, dict[str, float]]]:
-    """Trains for so many minutes. Gives the averaged weights and what to log, now and then and at the end."""
+    """Trains for so many minutes, from nothing or from `start`.
+
+    Gives the averaged weights and what to log, now and then and at the end.
+    """
     torch.manual_seed(seed)
     generator, rng = torch.Generator().manual_seed(seed), random.Random(seed)
-    model = build().train()
+    model = (start or build()).train()
     average = EMAModel(model.parameters(), decay=0.998, use_ema_warmup=True, power=0.75)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01)
     mean = 0.0

@@ -23,6 +23,7 @@ from transformers import CLIPTextModel, LlamaModel, PreTrainedTokenizerFast
 from reelbatch.demo import autoencoder, denoiser, shapes, text_towers
 from reelbatch.demo.denoiser import EncodedClip
 from reelbatch.demo.tokenizers import clip_tokenizer, llama_tokenizer
+from reelbatch.models.hunyuan_video import HunyuanVideoTransformer3DModel as Transformer
 from reelbatch.models.text import TextEncoder
 
 BUNDLED = Path(__file__).parent / "model"
@@ -92,11 +93,17 @@ def polish(work: Work, minutes: Minutes = 10) -> None:
 
 
 @app.command()
-def transformer(work: Work, minutes: Minutes = 30) -> None:
+def transformer(
+    work: Work,
+    minutes: Minutes = 60,
+    further: Annotated[bool, typer.Option("--further", help="Go on from the weights of the last time.")] = False,
+    seed: Annotated[int, typer.Option(help="Another one for every further leg.")] = 0,
+) -> None:
     """Stage 5: the transformer, on the encoded clips."""
     encoded = [EncodedClip(clip, shapes.Scene(**scene)) for clip, scene in torch.load(work / "latents.pt")]
     encoder = TextEncoder(*_text_towers(work), cache_size=len(shapes.scenes()) * len(shapes.WORDINGS) + 1)
-    _train(work, "transformer", minutes, denoiser.train(encoded, encoder, minutes))
+    start = Transformer.from_pretrained(work / "transformer") if further else None
+    _train(work, "transformer", minutes, denoiser.train(encoded, encoder, minutes, start, seed), further)
 
 
 @app.command()
@@ -108,7 +115,7 @@ def export(work: Work, to: Annotated[Path, typer.Option(help="The model folder."
         tokenizer=tokenizer,
         # half precision keeps the package small; it is loaded in the dtype that is asked for
         transformer=HunyuanVideoTransformer3DModel.from_pretrained(work / "transformer", torch_dtype=torch.float16),
-        vae=AutoencoderKLHunyuanVideo.from_pretrained(work / "vae_polished"),
+        vae=AutoencoderKLHunyuanVideo.from_pretrained(_vae(work)),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=denoiser.FLOW_SHIFT),
         text_encoder_2=clip,
         tokenizer_2=tokenizer_2,
@@ -123,8 +130,17 @@ def export(work: Work, to: Annotated[Path, typer.Option(help="The model folder."
     }
     (to / "reelbatch.json").write_text(json.dumps(profile, indent=2) + "\n", encoding="utf-8")
     if to == BUNDLED:
-        record = {stage: json.loads((work / f"{stage}.json").read_text()) for stage in TRAINED}
+        record = {
+            stage: json.loads((work / f"{stage}.json").read_text())
+            for stage in TRAINED
+            if (work / f"{stage}.json").exists()
+        }
         RECORD.write_text(json.dumps(record) + "\n", encoding="utf-8")
+
+
+def _vae(work: Path) -> Path:
+    polished = work / "vae_polished"
+    return polished if polished.exists() else work / "vae_whitened"
 
 
 def _text_towers(work: Path) -> tuple[LlamaModel, PreTrainedTokenizerFast, CLIPTextModel, PreTrainedTokenizerFast]:
@@ -136,8 +152,12 @@ def _text_towers(work: Path) -> tuple[LlamaModel, PreTrainedTokenizerFast, CLIPT
     )
 
 
-def _train(work: Path, name: str, minutes: float, run: Iterator[tuple[Any, dict[str, float]]]) -> None:
+def _train(
+    work: Path, name: str, minutes: float, run: Iterator[tuple[Any, dict[str, float]]], further: bool = False
+) -> None:
     """Follows a training run: saves its averaged weights every minute and at the end, and keeps its loss curve."""
+    path = work / f"{name}.json"
+    legs = json.loads(path.read_text())["legs"] if further else []
     record: dict[str, Any] = {"minutes": minutes, "threads": torch.get_num_threads(), "curve": []}
     save: Callable[[Any], None] = lambda model: model.save_pretrained(work / name)  # noqa: E731
     saved, model = time.monotonic(), None
@@ -148,7 +168,7 @@ def _train(work: Path, name: str, minutes: float, run: Iterator[tuple[Any, dict[
             save(model)
             saved = time.monotonic()
     save(model)
-    (work / f"{name}.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    path.write_text(json.dumps({"legs": [*legs, record]}) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ FLOOR_HEIGHT = 8.0
 FLOOR_COLOR = (128, 128, 128)
 SPEED = 2.0  # per frame: 16 px in 9 frames, 8 px in 5
 LONGEST_TRAVEL = 20.0  # so that long clips keep the shape inside the picture
-JITTER = 8.0  # how far a clip's path may be off the middle, where there is room
+JITTER = 2.0  # how far a clip's path may be off the middle, where there is room
 GAP = 2.0  # between the shape and the floor or the picture's edge
 
 CLEAR_ENOUGH = 0.55  # overlap with the nearest template below which a shape is not recognised

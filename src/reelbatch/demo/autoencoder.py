@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from reelbatch.demo import shapes
-from reelbatch.demo.clock import Clock
+from reelbatch.demo.training import Clock, averaged
 
 LEARNING_RATE = 2.5e-3
 CROP = 32
@@ -184,14 +184,7 @@ def _descend(
         optimizer.step()
         average.step(vae.parameters())
         if clock.step % 25 == 0 or clock.last:
-            yield _averaged(vae, average), {"step": clock.step, "loss": value.item(), "frames": kind.frames}
-
-
-def _averaged(vae: AutoencoderKLHunyuanVideo, average: EMAModel) -> AutoencoderKLHunyuanVideo:
-    copy = AutoencoderKLHunyuanVideo.from_config(vae.config)
-    copy.load_state_dict(vae.state_dict())
-    average.copy_to(copy.parameters())
-    return copy.eval()
+            yield averaged(vae, average), {"step": clock.step, "loss": value.item(), "frames": kind.frames}
 
 
 @torch.no_grad()

@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from reelbatch.demo import shapes
-from reelbatch.demo.clock import Clock
 from reelbatch.demo.text_towers import POOLED_DIM, TEXT_DIM
+from reelbatch.demo.training import Clock, averaged
 from reelbatch.models.hunyuan_video import HunyuanVideoTransformer3DModel
 from reelbatch.models.text import TextEncoder
 from reelbatch.train.flow_matching import Example, flow_matching_loss, shifted_sigmas
@@ -92,17 +92,10 @@ def train(
         average.step(model.parameters())
         mean += (value.item() - mean) / min(clock.step, 100)
         if clock.step % 100 == 0 or clock.last:
-            yield _averaged(model, average), {"step": clock.step, "loss": mean}
+            yield averaged(model, average), {"step": clock.step, "loss": mean}
 
 
 def _caption(scene: shapes.Scene, rng: random.Random) -> str:
     if rng.random() < CAPTION_DROPOUT:
         return ""
     return shapes.caption(scene, rng.randrange(len(shapes.WORDINGS)))
-
-
-def _averaged(model: HunyuanVideoTransformer3DModel, average: EMAModel) -> HunyuanVideoTransformer3DModel:
-    copy = HunyuanVideoTransformer3DModel.from_config(model.config)
-    copy.load_state_dict(model.state_dict())
-    average.copy_to(copy.parameters())
-    return copy.eval()

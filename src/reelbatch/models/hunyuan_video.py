@@ -238,8 +238,8 @@ class ConditionEmbedding(nn.Module):
         return condition + self.text_embedder(pooled)
 
 
-class RefinerAttention(nn.Module):
-    """Self-attention of a text over its own tokens."""
+class Projections(nn.Module):
+    """Queries, keys and values of a sequence."""
 
     def __init__(self, heads: int, head_dim: int) -> None:
         super().__init__()
@@ -248,10 +248,21 @@ class RefinerAttention(nn.Module):
         self.to_q = nn.Linear(dim, dim)
         self.to_k = nn.Linear(dim, dim)
         self.to_v = nn.Linear(dim, dim)
+
+    def _heads(self, rows: Float[Tensor, "tokens dim"]) -> Float[Tensor, "tokens heads head_dim"]:
+        return rows.unflatten(-1, (self.heads, -1))
+
+
+class RefinerAttention(Projections):
+    """Self-attention of a text over its own tokens."""
+
+    def __init__(self, heads: int, head_dim: int) -> None:
+        super().__init__(heads, head_dim)
+        dim = heads * head_dim
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
 
     def forward(self, rows: Float[Tensor, "tokens dim"], lengths: Lengths) -> Float[Tensor, "tokens dim"]:
-        query, key, value = (to(rows).unflatten(-1, (self.heads, -1)) for to in (self.to_q, self.to_k, self.to_v))
+        query, key, value = (self._heads(to(rows)) for to in (self.to_q, self.to_k, self.to_v))
         return self.to_out[0](ragged_attention(query, key, value, lengths))
 
 
@@ -309,16 +320,12 @@ class TokenRefiner(nn.Module):
 # Blocks
 
 
-class JointAttention(nn.Module):
+class JointAttention(Projections):
     """The projections of a block's joint attention. `added` gives text its own, as the dual-stream blocks have."""
 
     def __init__(self, heads: int, head_dim: int, added: bool) -> None:
-        super().__init__()
+        super().__init__(heads, head_dim)
         dim = heads * head_dim
-        self.heads = heads
-        self.to_q = nn.Linear(dim, dim)
-        self.to_k = nn.Linear(dim, dim)
-        self.to_v = nn.Linear(dim, dim)
         self.norm_q = nn.RMSNorm(head_dim, eps=NORM_EPS)
         self.norm_k = nn.RMSNorm(head_dim, eps=NORM_EPS)
         if added:
@@ -329,9 +336,6 @@ class JointAttention(nn.Module):
             self.norm_added_k = nn.RMSNorm(head_dim, eps=NORM_EPS)
             self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
             self.to_add_out = nn.Linear(dim, dim)
-
-    def _heads(self, rows: Float[Tensor, "tokens dim"]) -> Float[Tensor, "tokens heads head_dim"]:
-        return rows.unflatten(-1, (self.heads, -1))
 
     def two_streams(self, video: Tensor, text: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         """Video and text attend together, each projected by its own weights."""

@@ -1,4 +1,4 @@
-"""Training by the clock: so many minutes, on whatever machine."""
+"""What both trainings share: a clock to train by, and averaged weights."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeVar
+
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.training_utils import EMAModel
+
+Model = TypeVar("Model", bound=ModelMixin)
 
 
 @dataclass
@@ -29,3 +35,11 @@ class Clock:
     def cosine(self, warmup_steps: int) -> float:
         """Factor of the learning rate: a linear warm-up, then a cosine to 1 % at the end."""
         return min(1.0, self.step / warmup_steps) * (0.01 + 0.99 * (0.5 + 0.5 * math.cos(math.pi * self.progress)))
+
+
+def averaged(model: Model, average: EMAModel) -> Model:
+    """A copy of `model` with the averaged weights, for use."""
+    copy = type(model).from_config(model.config)
+    copy.load_state_dict(model.state_dict())
+    average.copy_to(copy.parameters())
+    return copy.eval()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import multiprocessing
-import resource
 import sys
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 import tiny
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import HunyuanVideoMidBlock3D
-from torch.utils._python_dispatch import TorchDispatchMode
+from probes import LargestTensor
 
 from reelbatch.engine.memory import _cgroup_limits, decode_peak_bytes, device_memory_bytes
 from reelbatch.models.vae import FrameCausalMidBlock3D, VideoDecoder, use_frame_causal_attention
@@ -136,23 +135,10 @@ def test_bad_latents_are_refused(vae):
         VideoDecoder(vae.half()).decode(latents(4, 2, 4, 4) * 1e8)
 
 
-class LargestTensor(TorchDispatchMode):
-    """Counts the elements of the largest tensor that any operation gives back."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for value in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(value, torch.Tensor):
-                self.elements = max(self.elements, value.numel())
-        return result
-
-
 def largest_tensor(block: HunyuanVideoMidBlock3D, frames: int, side: int) -> int:
     with torch.no_grad(), LargestTensor() as largest:
         block(latents(1, 16, frames, side, side))
-    return largest.elements
+    return largest.numel
 
 
 def test_mid_block_makes_no_tensor_that_grows_with_the_square(vae):
@@ -171,16 +157,24 @@ MEASURED_VAE = {"block_out_channels": (16, 64, 16, 16), "norm_num_groups": 4}
 
 
 def _decode_growth(sides: tuple[int, ...], results) -> None:
-    """In a fresh process: how far the peak resident set grows over what a tiny decode needed, side by side upwards."""
+    """In a fresh process: how far the peak resident set of each decode is above what is resident after a tiny one."""
     torch.set_num_threads(1)
-    unit = 1 if sys.platform == "darwin" else 1024
-    decoder, peaks = VideoDecoder(tiny.vae(**MEASURED_VAE)), []
-    for side in (2, *sides):
+    decoder, growth = VideoDecoder(tiny.vae(**MEASURED_VAE)), []
+    decoder.decode(latents(4, 5, 2, 2))
+    resident = _resident("VmRSS")
+    for side in sides:
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far, that of the imports say
         decoder.decode(latents(4, 5, side, side))
-        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
-    results.put([peak - peaks[0] for peak in peaks[1:]])
+        growth.append(_resident("VmHWM") - resident)
+    results.put(growth)
 
 
+def _resident(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
 def test_estimate_of_the_decode_peak_holds():
     """Above what was measured, and its growth with the shape at most 60 % above the measured one's."""
     context, sides = multiprocessing.get_context("spawn"), (10, 18)

@@ -48,6 +48,9 @@ places where it was; with it motion was right within five minutes."""
 KL_WEIGHT = 3e-4
 POLISH_RATE = 1e-3
 POLISH_NOISE = 0.05
+POLISH_STAGES = ((0.6, CROPS), (1.0, WHOLE))
+POLISH_HARD_SHARE = 0.4
+"""How often polishing draws a small cross, the one shape that the first training leaves looking like another."""
 
 
 def build() -> AutoencoderKLHunyuanVideo:
@@ -113,12 +116,14 @@ def _decode(vae: AutoencoderKLHunyuanVideo, latents: Tensor) -> Tensor:
     return vae.decoder(vae.post_quant_conv(latents))
 
 
-def draw(kind: Kind, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+def draw(kind: Kind, rng: np.random.Generator, hard_share: float = 0.0) -> tuple[Tensor, Tensor]:
     """Clips `[clips, 3, frames, height, width]` of any scenes, and how far the shape covers their pixels."""
     scenes = shapes.scenes()
+    hard = [scene for scene in scenes if (scene.size, scene.shape) == ("small", "cross")]
     videos, covers = [], []
     for _ in range(kind.clips):
-        scene = scenes[rng.integers(len(scenes))]
+        choice = hard if rng.random() < hard_share else scenes
+        scene = choice[rng.integers(len(choice))]
         clip, cover = shapes.draw_masked(scene, kind.height, kind.width, kind.frames, rng)
         if kind.cropped:
             clip, cover = _crop(clip, cover, rng)
@@ -152,10 +157,11 @@ def train(minutes: float, seed: int = 0) -> Progress:
 
 
 def polish(vae: AutoencoderKLHunyuanVideo, minutes: float, seed: int = 0) -> Progress:
-    """Trains the decoder alone, on whole pictures: the latents, and a transformer that knows them, stay as they are."""
+    """Trains the decoder alone: the latents, and a transformer that knows them, stay as they are."""
     torch.manual_seed(seed)
     decoder = nn.ModuleList([vae.decoder, vae.post_quant_conv])
-    return _descend(vae, decoder, ((1.0, WHOLE),), lambda *clips: polish_loss(vae, *clips), minutes, POLISH_RATE, seed)
+    loss: Loss = lambda *clips: polish_loss(vae, *clips)  # noqa: E731
+    return _descend(vae, decoder, POLISH_STAGES, loss, minutes, POLISH_RATE, seed, POLISH_HARD_SHARE)
 
 
 def _descend(
@@ -166,6 +172,7 @@ def _descend(
     minutes: float,
     rate: float,
     seed: int,
+    hard_share: float = 0.0,
 ) -> Progress:
     rng = np.random.default_rng(seed)
     average = EMAModel(vae.parameters(), decay=0.995)
@@ -175,7 +182,7 @@ def _descend(
             group["lr"] = rate * clock.cosine(warmup_steps=100)
         kinds = next(kinds for until, kinds in stages if clock.progress <= until)
         kind = kinds[rng.choice(len(kinds), p=[kind.share for kind in kinds])]
-        value = loss(*draw(kind, rng))
+        value = loss(*draw(kind, rng, hard_share))
         optimizer.zero_grad()
         value.backward()
         norm = nn.utils.clip_grad_norm_(learns.parameters(), 1.0)

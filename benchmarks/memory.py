@@ -40,7 +40,7 @@ def measure(frames: int, height: int, width: int) -> tuple[int, int]:
     )
     before = psutil.Process().memory_info().rss
     with torch.no_grad():
-        model([[branch]])
+        model(packs=[[branch]])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
     tokens = (frames // config.patch_size_t) * (height // config.patch_size) * (width // config.patch_size)
     return tokens + TEXT_TOKENS, peak - before

@@ -144,8 +144,8 @@ def transformer_ways(
     }
     ways: dict[Way, Callable[[], object]] = {
         "diffusers": lambda: reference(**padded, return_dict=False),
-        "packed": lambda: ours([branches]),
-        "exact": lambda: ours([[branch] for branch in branches]),
+        "packed": lambda: ours(packs=[branches]),
+        "exact": lambda: ours(packs=[[branch] for branch in branches]),
     }
     frames, height, width = shape
     return ways, (frames // config.patch_size_t) * (height // config.patch_size) * (width // config.patch_size)

@@ -62,7 +62,7 @@ def cast(branch: Branch, dtype: torch.dtype) -> Branch:
 
 
 def alone(model: HunyuanVideoTransformer3DModel, branch: Branch) -> Tensor:
-    return model([[branch]])[0][0]
+    return model(packs=[[branch]])[0][0]
 
 
 def reference_velocities(reference: Reference, branches: Sequence[Branch]) -> Tensor:
@@ -111,7 +111,7 @@ def test_one_pack_a_sample_is_bit_identical_to_the_sample_alone(
 ) -> None:
     model = ours_from(REFERENCES[patch]).to(dtype)
     branches = [cast(branch, dtype) for branch in branches]
-    for (together,), branch in zip(model([[branch] for branch in branches]), branches, strict=True):
+    for (together,), branch in zip(model(packs=[[branch] for branch in branches]), branches, strict=True):
         assert torch.equal(together, alone(model, branch))
 
 
@@ -120,7 +120,7 @@ def test_one_pack_a_sample_is_bit_identical_to_the_sample_alone(
 @torch.no_grad()
 def test_all_samples_in_one_pack_equal_the_samples_alone_to_rounding(patch: int, branches: list[Branch]) -> None:
     model = MODELS[patch]
-    for together, branch in zip(model([branches])[0], branches, strict=True):
+    for together, branch in zip(model(packs=[branches])[0], branches, strict=True):
         assert relative_error(together, alone(model, branch)) < 1e-5
 
 
@@ -128,7 +128,7 @@ def test_all_samples_in_one_pack_equal_the_samples_alone_to_rounding(patch: int,
 def test_in_double_precision_packing_changes_nothing_beyond_its_rounding() -> None:
     model = ours_from(REFERENCES[2]).double()
     branches = [cast(make_branch(i, text=3 + 5 * i, timestep=900 - 200 * i), torch.float64) for i in range(4)]
-    for together, branch in zip(model([branches])[0], branches, strict=True):
+    for together, branch in zip(model(packs=[branches])[0], branches, strict=True):
         assert relative_error(together, alone(model, branch)) < 1e-14
 
 
@@ -154,7 +154,11 @@ def test_velocity_is_the_reference_for_every_sample_of_a_ragged_batch(patch: int
     ]
     expected = reference_velocities(REFERENCES[patch], branches)
     model = MODELS[patch]
-    found = model([branches])[0] if packs == "packed" else [velocity for (velocity,) in model([[b] for b in branches])]
+    found = (
+        model(packs=[branches])[0]
+        if packs == "packed"
+        else [velocity for (velocity,) in model(packs=[[b] for b in branches])]
+    )
     for ours, theirs in zip(found, expected, strict=True):
         assert relative_error(ours, theirs) < 1e-5
 
@@ -163,7 +167,7 @@ def test_gradients_are_the_references() -> None:
     reference, ours = tiny.transformer(2), ours_from(REFERENCES[2])
     branches = [make_branch(i, text=5 + 9 * i, timestep=900 - 300 * i) for i in range(3)]
     reference_velocities(reference, branches).square().sum().backward()
-    torch.stack(ours([branches])[0]).square().sum().backward()
+    torch.stack(ours(packs=[branches])[0]).square().sum().backward()
     expected = {name: parameter.grad for name, parameter in reference.named_parameters()}
     largest = max(gradient.abs().max().item() for gradient in expected.values())  # some are zero but for rounding
     for name, parameter in ours.named_parameters():
@@ -188,7 +192,7 @@ def test_bfloat16_is_no_further_from_double_precision_than_the_reference_is() ->
 def test_a_text_of_no_tokens_gives_a_finite_velocity_and_leaves_its_batch_mates_alone() -> None:
     empty, mate = make_branch(0, text=0), make_branch(1)
     assert alone(MODELS[2], empty).isfinite().all()
-    for velocity, branch in zip(MODELS[2]([[empty, mate]])[0], (empty, mate), strict=True):
+    for velocity, branch in zip(MODELS[2](packs=[[empty, mate]])[0], (empty, mate), strict=True):
         assert relative_error(velocity, alone(MODELS[2], branch)) < 1e-5
 
 
@@ -214,7 +218,7 @@ def test_a_forward_of_the_13b_model_reads_nothing_back_from_its_device() -> None
             )
             for frames, tokens in ((33, 40), (1, 256))
         ]
-    velocities = model([branches])[0]
+    velocities = model(packs=[branches])[0]
     assert [velocity.shape for velocity in velocities] == [branch.latents.shape for branch in branches]
 
 
@@ -257,7 +261,7 @@ def test_lora_adapters_and_their_scale_give_what_they_give_in_diffusers() -> Non
     plain = alone(MODELS[2], branch)
     assert relative_error(alone(ours, branch), plain) > 1e-3
     assert relative_error(alone(ours, branch), reference_velocities(reference, [branch])[0]) < 1e-5
-    off = ours([[branch]], attention_kwargs={"scale": 0.0})[0][0]
+    off = ours(packs=[[branch]], attention_kwargs={"scale": 0.0})[0][0]
     assert relative_error(off, plain) < 1e-6
 
 
@@ -267,7 +271,7 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
         model = ours_from(REFERENCES[2]).train()
         if checkpointing:
             model.enable_gradient_checkpointing()
-        velocities = model([[make_branch(0), make_branch(1, frames=1, text=3)], [make_branch(2)]])
+        velocities = model(packs=[[make_branch(0), make_branch(1, frames=1, text=3)], [make_branch(2)]])
         sum(velocity.square().mean() for pack in velocities for velocity in pack).backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients[0])
@@ -280,7 +284,7 @@ def test_group_offload_runs_on_the_packed_path(offload_type: str) -> None:
     model, branches = ours_from(REFERENCES[2]), [make_branch(i, text=3 + i) for i in range(3)]
     cpu = torch.device("cpu")
     model.enable_group_offload(cpu, cpu, offload_type, num_blocks_per_group=1)
-    for (together,), branch in zip(model([[branch] for branch in branches]), branches, strict=True):
+    for (together,), branch in zip(model(packs=[[branch] for branch in branches]), branches, strict=True):
         assert torch.equal(together, alone(MODELS[2], branch))
 
 
@@ -291,7 +295,7 @@ def test_each_block_is_called_once_a_step_whatever_the_number_of_samples() -> No
     blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
     for block in blocks:
         block.register_forward_pre_hook(lambda module, _: calls.append(module))
-    model([[make_branch(i)] for i in range(5)])
+    model(packs=[[make_branch(i)] for i in range(5)])
     assert calls == blocks
 
 
@@ -299,7 +303,7 @@ def test_each_block_is_called_once_a_step_whatever_the_number_of_samples() -> No
 def test_regional_compile_runs_on_the_packed_path() -> None:
     model, branches = ours_from(REFERENCES[2]), [make_branch(i, text=3 + i) for i in range(2)]
     model.compile_repeated_blocks(backend="aot_eager")
-    for (together,), branch in zip(model([[branch] for branch in branches]), branches, strict=True):
+    for (together,), branch in zip(model(packs=[[branch] for branch in branches]), branches, strict=True):
         assert relative_error(together, alone(MODELS[2], branch)) < 1e-5
 
 
@@ -321,4 +325,4 @@ def test_a_configuration_of_another_network_is_refused(changes: dict, said: str)
 
 def test_a_branch_without_guidance_is_refused_by_a_model_that_takes_it() -> None:
     with pytest.raises(ValueError, match="every branch needs a guidance"):
-        MODELS[2]([[dataclasses.replace(make_branch(0), guidance=None)]])
+        MODELS[2](packs=[[dataclasses.replace(make_branch(0), guidance=None)]])

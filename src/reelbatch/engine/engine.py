@@ -278,7 +278,7 @@ class Engine:
     def _forward(self, samples: list[Sample]) -> list[list[Tensor]]:
         packs = self.planner.packs(samples, self.isolation)
         branches = [[sample.branches() for sample in pack] for pack in packs]
-        velocities = self.components.transformer([[b for sample in pack for b in sample] for pack in branches])
+        velocities = self.components.transformer(packs=[[b for sample in pack for b in sample] for pack in branches])
         flat = iter(velocity for pack in velocities for velocity in pack)
         return [[next(flat) for _ in sample] for pack in branches for sample in pack]
 

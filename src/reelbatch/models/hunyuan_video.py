@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,13 +33,24 @@ from diffusers.models.embeddings import (
     Timesteps,
     get_1d_rotary_pos_embed,
 )
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import apply_lora_scale
-from jaxtyping import Complex, Float
+from jaxtyping import Complex, Float, Shaped
 from torch import Tensor, nn
 
 from reelbatch import ragged
-from reelbatch.attention import ragged_attention
+from reelbatch.attention import (
+    AUTO,
+    HeadRules,
+    Mask,
+    Sizes,
+    compile_rules,
+    per_sample,
+    ragged_attention,
+)
+from reelbatch.models.branch import Branch
+from reelbatch.models.padded import branches_of
 from reelbatch.ragged import Lengths
 
 NORM_EPS = 1e-6
@@ -47,23 +58,6 @@ NORM_EPS = 1e-6
 
 # --------------------------------------------------------------------------------------------------
 # What goes through the network
-
-
-@dataclass(frozen=True)
-class Branch:
-    """What the network is told of one sample, or of one guidance branch (conditional, unconditional) of it.
-
-    Everything may differ from one branch to the next; no dimension is shared. All tensors are on the model's device.
-    """
-
-    latents: Float[Tensor, "channels frames height width"]
-    text: Float[Tensor, "tokens text_dim"]
-    """Llama states at their true length; no padding."""
-    pooled: Float[Tensor, " pooled_dim"]
-    timestep: Float[Tensor, ""]
-    """sigma × 1000, a scalar tensor."""
-    guidance: Float[Tensor, ""] | None = None
-    """Embedded guidance scale × 1000 in the model's dtype (6.0 is 6016 in bfloat16), for models that take one."""
 
 
 class BranchShape(NamedTuple):
@@ -93,6 +87,17 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class Attending:
+    """How the branches of a pack attend: the mask of each, made ready once for all layers, and the backend."""
+
+    masks: tuple[Mask, ...] | None = None
+    backend: str = AUTO
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, lengths: Lengths) -> Tensor:
+        return ragged_attention(query, key, value, lengths, self.masks, self.backend)
+
+
+@dataclass(frozen=True)
 class TwoStreams:
     """A pack in the dual-stream blocks: video rows `[v1 v2 …]` and text rows `[t1 t2 …]`."""
 
@@ -100,10 +105,11 @@ class TwoStreams:
     text: Float[Tensor, "text_tokens dim"]
     condition: Float[Tensor, "branches dim"]
     layout: Layout
+    attend: Attending = Attending()
 
     def join(self) -> OneStream:
         tokens = ragged.interleave(self.video, self.layout.video, self.text, self.layout.text)
-        return OneStream(tokens, self.condition, self.layout)
+        return OneStream(tokens, self.condition, self.layout, self.attend)
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,7 @@ class OneStream:
     tokens: Float[Tensor, "tokens dim"]
     condition: Float[Tensor, "branches dim"]
     layout: Layout
+    attend: Attending = Attending()
 
     def video(self) -> Float[Tensor, "video_tokens dim"]:
         return ragged.separate(self.tokens, self.layout.video, self.layout.text)[0]
@@ -337,7 +344,7 @@ class JointAttention(Projections):
             self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
             self.to_add_out = nn.Linear(dim, dim)
 
-    def two_streams(self, video: Tensor, text: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    def two_streams(self, video: Tensor, text: Tensor, layout: Layout, attend: Attending) -> tuple[Tensor, Tensor]:
         """Video and text attend together, each projected by its own weights."""
         starts = _starts(layout.video)
         query = rotate_video_(self.norm_q(self._heads(self.to_q(video))), starts, layout)
@@ -352,16 +359,16 @@ class JointAttention(Projections):
             ragged.interleave(video_rows, layout.video, text_rows, layout.text)
             for video_rows, text_rows in ((query, text_query), (key, text_key), (value, text_value))
         )
-        attended = ragged_attention(query, key, value, layout.joint)
+        attended = attend(query, key, value, layout.joint)
         video, text = ragged.separate(attended, layout.video, layout.text)
         return self.to_out[0](video), self.to_add_out(text)
 
-    def one_stream(self, tokens: Tensor, layout: Layout) -> Tensor:
+    def one_stream(self, tokens: Tensor, layout: Layout, attend: Attending) -> Tensor:
         """The joint sequence attends to itself; the output projection is the block's own."""
         starts = _starts(layout.joint)
         query = rotate_video_(self.norm_q(self._heads(self.to_q(tokens))), starts, layout)
         key = rotate_video_(self.norm_k(self._heads(self.to_k(tokens))), starts, layout)
-        return ragged_attention(query, key, self._heads(self.to_v(tokens)), layout.joint)
+        return attend(query, key, self._heads(self.to_v(tokens)), layout.joint)
 
 
 class DualStreamBlock(nn.Module):
@@ -389,6 +396,7 @@ class DualStreamBlock(nn.Module):
             modulated_norm(video, layout.video, shift_msa, scale_msa),
             modulated_norm(text, layout.text, c_shift_msa, c_scale_msa),
             layout,
+            pack.attend,
         )
         video = gated_residual(video, layout.video, gate_msa, video_update)
         text = gated_residual(text, layout.text, c_gate_msa, text_update)
@@ -422,7 +430,7 @@ class SingleStreamBlock(nn.Module):
         lengths = pack.layout.joint
         shift, scale, gate = self.norm(pack.condition)
         normed = modulated_norm(pack.tokens, lengths, shift, scale)
-        attended = self.attn.one_stream(normed, pack.layout)
+        attended = self.attn.one_stream(normed, pack.layout, pack.attend)
         mlp = F.gelu(self.proj_mlp(normed), approximate="tanh")
         update = self.proj_out(torch.cat([attended, mlp], dim=-1))
         return replace(pack, tokens=gated_residual(pack.tokens, lengths, gate, update))
@@ -507,20 +515,64 @@ class HunyuanVideoTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
         self.gradient_checkpointing = False
 
+    isolation: Literal["exact", "packed"] = "exact"
+    """How the samples of a padded batch (Diffusers' signature) share the network: each as it would be alone, bit for
+    bit, or all in one pack."""
+    attention_backend: str = AUTO
+    """The kernel of the joint attention: a name in `reelbatch.attention.BACKENDS`, or "auto"."""
+
     @apply_lora_scale("attention_kwargs")
     def forward(
-        self, packs: Sequence[Sequence[Branch]], attention_kwargs: dict[str, Any] | None = None
-    ) -> list[list[Float[Tensor, "channels frames height width"]]]:
-        """The velocity of every branch of every pack.
+        self,
+        hidden_states: Float[Tensor, "B channels frames height width"] | None = None,
+        timestep: Float[Tensor, " B"] | None = None,
+        encoder_hidden_states: Float[Tensor, "B text_tokens text_dim"] | None = None,
+        encoder_attention_mask: Shaped[Tensor, "B text_tokens"] | None = None,
+        pooled_projections: Float[Tensor, "B pooled_dim"] | None = None,
+        guidance: Float[Tensor, " B"] | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+        *,
+        packs: Sequence[Sequence[Branch]] | None = None,
+    ) -> Any:
+        """Velocities, of ragged packs or of a padded batch.
+
+        With `packs`, the branches that share each matrix product: one sample a pack is exact isolation, where all
+        shapes are those it has alone; all samples in one pack is the fewest and largest calls. Gives a list for each
+        pack of a velocity for each branch, of the shape of its latents.
+
+        Otherwise the signature of Diffusers' class: a batch of one size, texts padded to one length. Gives
+        `Transformer2DModelOutput(sample)`, or `(sample,)` with `return_dict=False`; sample is `[B, channels, frames,
+        height, width]`.
 
         Args:
-            packs: the branches that share each matrix product. One sample a pack is exact isolation: all shapes are
-                those it has alone. All samples in one pack is the fewest and largest calls.
-            attention_kwargs: `{"scale": s}` scales LoRA adapters, as in Diffusers.
-
-        Returns:
-            A list for each pack of a velocity for each branch, of the shape of its latents.
+            timestep: sigma × 1000.
+            encoder_attention_mask: which text tokens are real, read by position, so that left-padded and holed masks
+                are right too; None is all. Tokens that are not real are not computed.
+            guidance: scale × 1000, for models that take one. `[B, n]` holds the scales of n prompts in every row, as a
+                pipeline makes it of a list of scales.
+            attention_kwargs: `{"scale": s}` scales LoRA adapters. `"attention_mask"` restricts the joint attention
+                over `[video | text_tokens]`, in any shape that `reelbatch.attention.attention` takes;
+                `"attention_mask_axes"` names its axes; `"attention_rules"` is a `HeadRules`, or one (or None) a sample.
         """
+        if packs is not None:
+            return self._packs(packs)
+        branches = branches_of(
+            latents=hidden_states,
+            timestep=timestep,
+            text=encoder_hidden_states,
+            text_mask=encoder_attention_mask,
+            pooled=pooled_projections,
+            guidance=guidance,
+            heads=self.config.num_attention_heads,
+            patch=(self.config.patch_size_t, self.config.patch_size, self.config.patch_size),
+            kwargs=attention_kwargs or {},
+        )
+        velocities = self._packs([[branch] for branch in branches] if self.isolation == "exact" else [branches])
+        sample = torch.stack([velocity for pack in velocities for velocity in pack])
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _packs(self, packs: Sequence[Sequence[Branch]]) -> list[list[Float[Tensor, "channels frames height width"]]]:
         shapes = [[self._branch_shape(branch) for branch in pack] for pack in packs]
         streams = [self._embed(pack, tuple(shape)) for pack, shape in zip(packs, shapes, strict=True)]
         for block in self.transformer_blocks:
@@ -546,7 +598,20 @@ class HunyuanVideoTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             layout=make_layout(
                 shapes, tuple(self.config.rope_axes_dim), self.config.rope_theta, pack[0].latents.device
             ),
+            attend=self._attending(pack, shapes),
         )
+
+    def _attending(self, pack: Sequence[Branch], shapes: Sequence[BranchShape]) -> Attending:
+        if all(branch.mask is None for branch in pack):
+            return Attending(None, self.attention_backend)
+        masks = tuple(self._mask(branch, shape) for branch, shape in zip(pack, shapes, strict=True))
+        return Attending(masks, self.attention_backend)
+
+    def _mask(self, branch: Branch, shape: BranchShape) -> Mask:
+        heads, tokens = self.config.num_attention_heads, shape.video + shape.text
+        if isinstance(branch.mask, HeadRules):
+            return compile_rules(branch.mask, heads, shape[:3], shape.text, branch.latents.device)
+        return None if branch.mask is None else per_sample(branch.mask, Sizes(1, heads, tokens, tokens))[0]
 
     def _guidance(self, pack: Sequence[Branch]) -> Float[Tensor, " branches"] | None:
         if not self.config.guidance_embeds:

@@ -59,7 +59,7 @@ def flow_matching_loss(
         )
         for example, eps, sigma, scale in zip(examples, noise, sigmas, guidance, strict=True)
     ]
-    velocities = transformer([pack])[0]
+    velocities = transformer(packs=[pack])[0]
     errors = [
         (velocity.float() - (eps - example.latents)).square().mean()
         for velocity, eps, example in zip(velocities, noise, examples, strict=True)

@@ -1,0 +1,128 @@
+"""Attention over ragged rows, and over batches with a mask of any shape that people hold.
+
+Every sample attends to itself, and to nothing else. A sample may have a mask (`masks.py`: tensors, `rules.py`: rules by
+token coordinates, head by head); its batch-mates may have others or none. The kernels are in `backends.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from reelbatch.attention.backends import (
+    AUTO,
+    BACKENDS,
+    AttentionBackendError,
+    Choice,
+    Mask,
+    Setting,
+    attend,
+    check_backend,
+    choose,
+    kind_of,
+)
+from reelbatch.attention.masks import FORMS, MaskShapeError, Sizes, canonical, once, per_sample
+from reelbatch.attention.rules import (
+    HeadRules,
+    Rule,
+    SlidingTile,
+    Tokens,
+    compile_rules,
+    own_frame,
+    own_pixel,
+    register_rule,
+    rule_named,
+    rule_names,
+)
+from reelbatch.ragged import Lengths
+
+__all__ = [
+    "AUTO",
+    "BACKENDS",
+    "FORMS",
+    "AttentionBackendError",
+    "Choice",
+    "HeadRules",
+    "Mask",
+    "MaskShapeError",
+    "Rule",
+    "Setting",
+    "Sizes",
+    "SlidingTile",
+    "Tokens",
+    "attention",
+    "canonical",
+    "check_backend",
+    "choose",
+    "compile_rules",
+    "kind_of",
+    "once",
+    "own_frame",
+    "own_pixel",
+    "per_sample",
+    "ragged_attention",
+    "register_rule",
+    "rule_named",
+    "rule_names",
+]
+
+
+def attention(
+    query: Float[Tensor, "B H Q head_dim"],
+    key: Float[Tensor, "B H K head_dim"],
+    value: Float[Tensor, "B H K value_dim"],
+    mask: Tensor | None = None,
+    *,
+    axes: str | None = None,
+    backend: str = AUTO,
+) -> Float[Tensor, "B H Q value_dim"]:
+    """Softmax attention of a batch, a sample at a time, so that no sample's result depends on its batch-mates.
+
+    Args:
+        mask: boolean (True may attend) or additive, of any of these shapes; each axis but the last may be 1:
+            `[K]`, `[B, K]`, `[Q, K]`, `[H, Q, K]`, `[B, Q, K]`, `[B, H, Q, K]`. A shape that fits two of them with
+            different meanings is refused, not guessed.
+        axes: says which axis is which, where the shape leaves it open: "K", "BK", "QK", "HQK", "BQK" or "BHQK".
+        backend: a name in `BACKENDS`, or "auto".
+
+    Returns:
+        Zeros for a query that may attend to nothing.
+
+    Raises:
+        MaskShapeError: if the mask fits no form, or more than one; it names the cure.
+    """
+    batch, heads, queries, _ = query.shape
+    sizes = Sizes(batch, heads, queries, key.shape[2])
+    masks: Sequence[Mask] = (None,) * batch if mask is None else per_sample(mask, sizes, axes)
+    device, dtype = query.device.type, query.dtype
+    training = query.requires_grad and torch.is_grad_enabled()
+    outputs = []
+    for sample, ready in enumerate(masks):
+        chosen = choose(Setting(device, dtype, kind_of(ready), 1, training), backend).backend
+        outputs.append(chosen.attend(query[sample, None], key[sample, None], value[sample, None], ready))
+    return torch.cat(outputs)
+
+
+def ragged_attention(
+    query: Float[Tensor, "tokens heads head_dim"],
+    key: Float[Tensor, "tokens heads head_dim"],
+    value: Float[Tensor, "tokens heads head_dim"],
+    lengths: Lengths,
+    masks: Sequence[Mask] | None = None,
+    backend: str = AUTO,
+) -> Float[Tensor, "tokens heads*head_dim"]:
+    """Softmax attention of each sample over its own rows.
+
+    No sample is padded, and without masks none is built, so the flash kernels stay reachable and the memory used grows
+    with the number of tokens, not with its square.
+
+    Args:
+        query, key, value: `[sum(lengths), heads, head dim]`, the samples laid end to end.
+        lengths: tokens of each sample. A sample of no tokens is allowed.
+        masks: one a sample, made ready by `per_sample` or `compile_rules`; None for a sample, or for all, is no mask.
+        backend: a name in `BACKENDS`, or "auto".
+    """
+    return attend(query, key, value, lengths, masks, backend)

@@ -1,0 +1,190 @@
+"""Attention masks: every shape that people hold, read without guessing.
+
+A mask says for a query and a key whether the one may attend to the other. Boolean: True is "may attend". Floating
+point: added to the scores, so that `-inf` is "may not". The last axis is always the keys, in full; the others may be 1,
+which means "the same for all". With B samples, H heads, Q queries and K keys:
+
+    axes   shape           the same for all
+    K      [K]             samples, heads, queries
+    BK     [B, K]          heads, queries
+    QK     [Q, K]          samples, heads
+    HQK    [H, Q, K]       samples
+    BQK    [B, Q, K]       heads
+    BHQK   [B, H, Q, K]    nothing; [B, 1, Q, K] is shared by the heads, [B, 1, 1, K] by the queries too
+
+A shape that fits two of these with different meanings (`[2, Q, K]` with 2 samples and 2 heads) is refused until its
+axes are named: `axes="BQK"`, or the `unsqueeze` that the error gives. A query that may attend to nothing gets zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Int, Shaped
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+FORMS = ("K", "BK", "QK", "HQK", "BQK", "BHQK")
+
+
+class Sizes(NamedTuple):
+    """Of the attention that a mask is for."""
+
+    batch: int
+    heads: int
+    queries: int
+    keys: int
+
+    def of(self, axes: str) -> tuple[int, ...]:
+        return tuple(dict(zip("BHQK", self, strict=True))[axis] for axis in axes)
+
+
+class MaskShapeError(ValueError):
+    """A mask whose shape fits no form, or more than one."""
+
+
+def canonical(mask: Tensor, sizes: Sizes, axes: str | None = None) -> Shaped[Tensor, "#B #H #Q K"]:
+    """The mask as `[B or 1, H or 1, Q or 1, K]`, a view.
+
+    Args:
+        axes: one of `FORMS`, to say which axis is which; None finds out, and refuses where two readings differ.
+
+    Raises:
+        MaskShapeError: with the shapes, every accepted form in numbers, and the cure where one `unsqueeze` is enough.
+        TypeError: if the mask is neither boolean nor floating point.
+    """
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(
+            f"The mask has dtype {mask.dtype}, which could be read in two ways. Give a boolean mask, True where a "
+            "query may attend to a key (mask.bool()), or a floating point one that is added to the scores."
+        )
+    if axes is not None and axes not in FORMS:
+        raise ValueError(f"axes={axes!r}; it must be one of {', '.join(FORMS)}.")
+    readings: dict[tuple[int, ...], tuple[str, Tensor]] = {}
+    for form in FORMS if axes is None else (axes,):
+        if _fits(mask, form, sizes):
+            view = _four_axes(mask, form)
+            readings.setdefault(tuple(view.shape), (form, view))
+    if len(readings) == 1:
+        return next(view for _, view in readings.values())
+    raise MaskShapeError(_message(mask, sizes, axes, [form for form, _ in readings.values()]))
+
+
+def _fits(mask: Tensor, form: str, sizes: Sizes) -> bool:
+    if mask.ndim != len(form) or mask.shape[-1] != sizes.keys:
+        return False
+    return all(size in (1, full) for size, full in zip(mask.shape, sizes.of(form), strict=True))
+
+
+def _four_axes(mask: Tensor, form: str) -> Tensor:
+    for position, axis in enumerate("BHQK"):
+        if axis not in form:
+            mask = mask.unsqueeze(position)
+    return mask
+
+
+def _message(mask: Tensor, sizes: Sizes, axes: str | None, readings: list[str]) -> str:
+    shape = list(mask.shape)
+    attention = (
+        f"the attention has {sizes.batch} samples, {sizes.heads} heads, {sizes.queries} queries and {sizes.keys} keys"
+    )
+    if readings:
+        ways = " or ".join(f"{form} (mask{_unsqueezes(form)}, or axes={form!r})" for form in readings)
+        return f"A mask of shape {shape} can be read in two ways, for {attention}: as {ways}. Say which one is meant."
+    named = f" as {axes}" if axes else ""
+    lines = [
+        f"A mask of shape {shape} does not fit{named}: {attention} "
+        f"(query [{sizes.batch}, {sizes.heads}, {sizes.queries}, D], "
+        f"key [{sizes.batch}, {sizes.heads}, {sizes.keys}, D]). Accepted, where each axis but the last may also be 1:",
+        *(f"    {form:<5} {list(sizes.of(form))}" for form in FORMS),
+    ]
+    cures = list(_cures(mask, sizes))
+    if cures:
+        lines.append("This would fit: " + " or ".join(cures))
+    return "\n".join(lines)
+
+
+def _unsqueezes(form: str) -> str:
+    missing = [position for position, axis in enumerate("BHQK") if axis not in form]
+    return "".join(f".unsqueeze({position})" for position in missing)
+
+
+def _cures(mask: Tensor, sizes: Sizes) -> Iterator[str]:
+    """Calls of one `unsqueeze` that make the mask fit, each with the form that it then has."""
+    seen = set()
+    for position in range(mask.ndim + 1):
+        with suppress(MaskShapeError):
+            view = canonical(mask.unsqueeze(position), sizes)
+            if tuple(view.shape) not in seen:
+                seen.add(tuple(view.shape))
+                yield f"mask.unsqueeze({position}), read as {list(view.shape)}"
+
+
+@dataclass(frozen=True, eq=False)
+class DenseMask:
+    """The mask of one sample, made ready once for all layers and steps.
+
+    Attributes:
+        scores: `[H or 1, Q or 1, K]`, boolean or additive; every query may attend to something in it.
+        keys: set instead where the mask only leaves out keys, the same for all heads and queries: those that stay.
+            Attention over them needs no mask at all.
+        empty: `[H or 1, Q or 1, 1]`, queries that may attend to nothing and get zeros; None if there are none.
+    """
+
+    scores: Shaped[Tensor, "#heads #queries keys"]
+    keys: Int[Tensor, " kept"] | None = None
+    empty: Bool[Tensor, "#heads #queries 1"] | None = None
+
+
+def prepare(mask: Shaped[Tensor, "#heads #queries keys"]) -> DenseMask | None:
+    """One sample's mask made ready; None if it masks nothing."""
+    if mask.dtype == torch.bool:
+        if mask.all():
+            return None
+        if mask.shape[:2] == (1, 1):
+            return DenseMask(mask, keys=mask.flatten().nonzero().flatten())
+        allowed = mask
+    else:
+        if mask.isnan().any():
+            raise ValueError("The mask holds NaN. Additive masks hold finite numbers, and -inf for what is masked.")
+        if not mask.any():
+            return None
+        allowed = mask != float("-inf")
+    empty = ~allowed.any(-1, keepdim=True)
+    if not empty.any():
+        return DenseMask(mask)
+    return DenseMask(mask.masked_fill(empty, 1 if mask.dtype == torch.bool else 0.0), empty=empty)
+
+
+def per_sample(mask: Tensor, sizes: Sizes, axes: str | None = None) -> tuple[DenseMask | None, ...]:
+    """A batch's mask, checked and made ready for each sample; found out once a tensor (see `once`)."""
+
+    def find() -> tuple[DenseMask | None, ...]:
+        view = canonical(mask, sizes, axes)
+        ready = [prepare(sample) for sample in view]
+        return tuple(ready * sizes.batch if len(ready) == 1 else ready)
+
+    return once(mask, (sizes, axes), find)
+
+
+_FOUND: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def once(tensor: Tensor, key: Any, find: Callable[[], Any]) -> Any:
+    """What `find` says of a tensor, kept as long as the tensor lives and is not written to.
+
+    Looking into a mask waits for its device, so it is done once, not in every layer of every step.
+    """
+    if tensor.is_inference():  # counts no versions, so a change would go unseen
+        return find()
+    version, kept = _FOUND.get(tensor, (None, {}))
+    if version != tensor._version:
+        kept = {}
+        _FOUND[tensor] = (tensor._version, kept)
+    if key not in kept:
+        kept[key] = find()
+    return kept[key]

@@ -1,0 +1,302 @@
+"""Rules: which tokens a head attends to, by where they are in the video.
+
+A rule is a function of the coordinates of queries and keys. It is compiled once per shape into blocks of tokens, and
+blocks that are masked altogether are not computed.
+
+    rules = HeadRules({range(0, 12): own_frame, range(12, 24): own_pixel})
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+BLOCK = 128
+"""Tokens on a side of a block; FlexAttention's own default."""
+
+
+class Tokens(NamedTuple):
+    """Coordinates of tokens, in patches (int32). Text tokens have -1 everywhere, and `is_text`.
+
+    Rules get queries as `[…, queries, 1]` and keys as `[…, 1, keys]`, or single tokens: write them with operators.
+    """
+
+    frame: Tensor
+    row: Tensor
+    column: Tensor
+    is_text: Tensor
+
+    def at(self, index: Tensor) -> Tokens:
+        return Tokens(*(coordinate[index] for coordinate in self))
+
+    def as_queries(self) -> Tokens:
+        return Tokens(*(coordinate[:, None] for coordinate in self))
+
+
+Rule = Callable[[Tokens, Tokens], Tensor]
+"""Coordinates of queries and of keys to a boolean: whether the one may attend to the other."""
+
+
+def _touches_text(query: Tokens, key: Tokens) -> Tensor:
+    return query.is_text | key.is_text
+
+
+def own_frame(query: Tokens, key: Tokens) -> Tensor:
+    """A video token sees its own frame and the text; text sees everything."""
+    return (query.frame == key.frame) | _touches_text(query, key)
+
+
+def own_pixel(query: Tokens, key: Tokens) -> Tensor:
+    """A video token sees its own place in every frame and the text; text sees everything."""
+    return ((query.row == key.row) & (query.column == key.column)) | _touches_text(query, key)
+
+
+@dataclass(frozen=True)
+class SlidingTile:
+    """A video token sees the tiles around its own and the text; text sees everything (Sliding Tile Attention, 2025).
+
+    frames, rows, columns: size of a tile in patches. reach: tiles to either side along each axis.
+    """
+
+    frames: int
+    rows: int
+    columns: int
+    reach: int = 1
+
+    def __call__(self, query: Tokens, key: Tokens) -> Tensor:
+        near = _touches_text(query, key)
+        within = torch.ones_like(near)
+        for q, k, size in zip(query[:3], key[:3], (self.frames, self.rows, self.columns), strict=True):
+            within = within & ((q // size - k // size).abs() <= self.reach)
+        return within | near
+
+
+class HeadRules:
+    """The rule of each head; a head that is not named attends to everything. Hashable, and the same if built alike.
+
+    Args:
+        rules: heads (a number, or several, as a range or a tuple) to their rule. Rules are functions, or objects that
+            compare by value; a lambda made anew each time is a new rule each time.
+
+    Raises:
+        ValueError: if a head is named twice or is negative.
+    """
+
+    def __init__(self, rules: Mapping[int | Iterable[int], Rule]) -> None:
+        named = [((heads,) if isinstance(heads, int) else tuple(heads), rule) for heads, rule in rules.items()]
+        heads = [head for group, _ in named for head in group]
+        twice = sorted({head for head in heads if heads.count(head) > 1})
+        if twice or any(head < 0 for head in heads):
+            raise ValueError(f"Each head has one rule, and heads count from 0; wrong are {twice or min(heads)}.")
+        self.groups: tuple[tuple[tuple[int, ...], Rule], ...] = tuple(named)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, HeadRules) and self.groups == other.groups
+
+    def __hash__(self) -> int:
+        return hash(self.groups)
+
+    def of_head(self, heads: int) -> list[Rule | None]:
+        """The rule of each of `heads` heads; None is "everything"."""
+        chosen: list[Rule | None] = [None] * heads
+        for group, rule in self.groups:
+            for head in group:
+                if head >= heads:
+                    raise ValueError(f"A rule is given for head {head}, but there are {heads}: 0 to {heads - 1}.")
+                chosen[head] = rule
+        return chosen
+
+
+# --------------------------------------------------------------------------------------------------
+# Names for rules, so that a request can ask for one
+
+
+def _spatial_temporal(heads: int) -> HeadRules:
+    return HeadRules({range(heads // 2): own_frame, range(heads // 2, heads): own_pixel})
+
+
+_REGISTERED: dict[str, Callable[[int], HeadRules]] = {
+    "own-frame": lambda heads: HeadRules({range(heads): own_frame}),
+    "spatial-temporal": _spatial_temporal,
+    "sliding-tile": lambda heads: HeadRules({range(heads): SlidingTile(frames=2, rows=8, columns=8)}),
+}
+
+
+def register_rule(name: str, make: Callable[[int], HeadRules]) -> None:
+    """Gives a rule a name, which a request can ask for (`attention_rule`).
+
+    Args:
+        make: the number of heads to the rules of the heads.
+    """
+    _REGISTERED[name] = make
+
+
+def rule_names() -> tuple[str, ...]:
+    return tuple(sorted(_REGISTERED))
+
+
+def rule_named(name: str, heads: int) -> HeadRules:
+    """The rules registered under a name, for so many heads.
+
+    Raises:
+        KeyError: for a name that nobody registered, with the nearest one.
+    """
+    if name not in _REGISTERED:
+        near = difflib.get_close_matches(name, _REGISTERED, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"registered are {', '.join(rule_names())}"
+        raise KeyError(f"no attention rule is named {name!r}; {hint}")
+    return _REGISTERED[name](heads)
+
+
+# --------------------------------------------------------------------------------------------------
+# Compiled to blocks
+
+
+class Call(NamedTuple):
+    """One dense attention of some heads' queries over the keys that they may see at all."""
+
+    heads: Int[Tensor, " heads"]
+    queries: slice
+    keys: Int[Tensor, " keys"] | None
+    """None is all of them."""
+    mask: Bool[Tensor, "queries keys"] | None
+
+
+@dataclass(frozen=True, eq=False)
+class RuleMask:
+    """The rules of one sample, compiled for its shape.
+
+    Attributes:
+        tokens: coordinates of the joint sequence, video then text.
+        rules: the different rules; None is "everything". of_head: for each head, its place in `rules`.
+        some, every: `[rules, blocks, blocks]`, whether some and whether every pair of tokens of a block is allowed.
+    """
+
+    tokens: Tokens
+    rules: tuple[Rule | None, ...]
+    of_head: tuple[int, ...]
+    some: Bool[Tensor, "rules blocks blocks"]
+    every: Bool[Tensor, "rules blocks blocks"]
+
+    def __len__(self) -> int:
+        return len(self.tokens.frame)
+
+    @property
+    def masked(self) -> float:
+        """Share of blocks, over all heads, that are not computed."""
+        return 1 - self.some[list(self.of_head)].float().mean().item()
+
+    @cached_property
+    def calls(self) -> tuple[Call, ...]:
+        """The attention as dense calls: neighbouring query blocks that see the same key blocks make one."""
+        return tuple(call for rule in range(len(self.rules)) for call in self._calls(rule))
+
+    def _calls(self, rule: int) -> list[Call]:
+        device = self.some.device
+        heads = torch.tensor([head for head, of in enumerate(self.of_head) if of == rule], device=device)
+        if self.rules[rule] is None:
+            return [Call(heads, slice(0, len(self)), None, None)]
+        rows = self.some[rule].cpu()
+        calls, first = [], 0
+        for block in range(1, len(rows) + 1):
+            if block < len(rows) and torch.equal(rows[block], rows[first]):
+                continue
+            queries = slice(first * BLOCK, min(block * BLOCK, len(self)))
+            blocks = rows[first].nonzero().flatten().to(device)
+            keys = (blocks[:, None] * BLOCK + torch.arange(BLOCK, device=device)).flatten()
+            keys = keys[keys < len(self)]
+            full = bool(self.every[rule, first:block][:, blocks].all())
+            calls.append(Call(heads, queries, keys, None if full else self._allowed(rule, queries, keys)))
+            first = block
+        return calls
+
+    def _allowed(self, rule: int, queries: slice, keys: Tensor) -> Tensor:
+        return _evaluate(self.rules[rule], self.tokens, torch.arange(len(self), device=keys.device)[queries], keys)
+
+    @cached_property
+    def block_mask(self) -> BlockMask:
+        """For FlexAttention."""
+        of_head = torch.tensor(self.of_head, device=self.some.device)
+        tokens, rules = self.tokens, self.rules
+
+        def allowed(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            q, k, chosen = tokens.at(query), tokens.at(key), of_head[head]
+            may = query < 0
+            for place, rule in enumerate(rules):
+                may = may | ((chosen == place) & (rule(q, k) if rule is not None else query >= 0))
+            return may
+
+        some, every = self.some[of_head][None], self.every[of_head][None]
+        if len(self) % BLOCK:  # a block that reaches beyond the last token is never full
+            every[..., -1, :] = every[..., -1] = False
+        return BlockMask.from_kv_blocks(
+            *_ordered(some & ~every),
+            *_ordered(every),
+            BLOCK_SIZE=BLOCK,
+            mask_mod=allowed,
+            seq_lengths=(len(self), len(self)),
+        )
+
+
+def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks of a row are set, and their places first: what FlexAttention reads."""
+    return blocks.sum(-1).int(), blocks.int().argsort(dim=-1, descending=True, stable=True).int()
+
+
+def _evaluate(rule: Rule | None, tokens: Tokens, queries: Tensor, keys: Tensor) -> Tensor:
+    if rule is None:
+        return torch.ones(len(queries), len(keys), dtype=torch.bool, device=queries.device)
+    return rule(tokens.at(queries).as_queries(), tokens.at(keys)).expand(len(queries), len(keys))
+
+
+def coordinates(grid: tuple[int, int, int], text: int, device: torch.device) -> Tokens:
+    """Of a sample's joint sequence: patches frame by frame, row by row, then so many text tokens."""
+    axes = torch.meshgrid(*(torch.arange(size, device=device, dtype=torch.int32) for size in grid), indexing="ij")
+    frame, row, column = (torch.nn.functional.pad(axis.flatten(), (0, text), value=-1) for axis in axes)
+    return Tokens(frame, row, column, frame < 0)
+
+
+@lru_cache(maxsize=64)
+def compile_rules(
+    rules: HeadRules, heads: int, grid: tuple[int, int, int], text: int, device: torch.device
+) -> RuleMask | None:
+    """Rules made ready for a shape: once, for all layers and steps. None if they mask nothing.
+
+    Row after row of blocks is looked at, so the memory that it takes grows with the tokens, not with their square.
+
+    Args:
+        grid: patches along frame, row and column. text: text tokens after them.
+    """
+    tokens = coordinates(grid, text, device)
+    chosen = rules.of_head(heads)
+    different = tuple(dict.fromkeys(chosen))
+    tables = [_block_tables(rule, tokens) for rule in different]
+    some, every = (torch.stack([table[which] for table in tables]) for which in (0, 1))
+    if every.all():
+        return None
+    return RuleMask(tokens, different, tuple(different.index(rule) for rule in chosen), some, every)
+
+
+def _block_tables(rule: Rule | None, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """For each block of queries and of keys, whether some and whether every pair of tokens is allowed."""
+    count, device = len(tokens.frame), tokens.frame.device
+    blocks = -(-count // BLOCK)
+    keys = torch.arange(count, device=device)
+    some = torch.empty(blocks, blocks, dtype=torch.bool, device=device)
+    every = torch.empty_like(some)
+    for block, queries in enumerate(keys.split(BLOCK)):
+        allowed = _evaluate(rule, tokens, queries, keys)
+        if not allowed.any(-1).all():
+            raise ValueError(f"The rule {rule} leaves some tokens nothing to attend to; let each see at least itself.")
+        for table, reduce, beyond in ((some, torch.any, False), (every, torch.all, True)):
+            padded = torch.nn.functional.pad(allowed, (0, blocks * BLOCK - count), value=beyond)
+            table[block] = reduce(reduce(padded, 0).view(blocks, BLOCK), -1)
+    return some, every

@@ -1,0 +1,1 @@
+"""Repairs for Diffusers pipelines that are already loaded: in place, around the same parameters, undoable."""

@@ -14,15 +14,32 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .drop_in.repair import repair, restore
     from .engine.engine import Engine
+    from .models.hunyuan_video import HunyuanVideoTransformer3DModel
     from .request import VideoRequest
     from .video import Video
 
 __version__ = "0.1.0"
-__all__ = ["Engine", "Video", "VideoRequest", "__version__"]
+__all__ = [
+    "Engine",
+    "HunyuanVideoTransformer3DModel",
+    "Video",
+    "VideoRequest",
+    "__version__",
+    "repair",
+    "restore",
+]
 
 # Loaded when first used: the engine brings torch and diffusers, which `reelbatch --help` must not wait for.
-_HOMES = {"Engine": ".engine.engine", "Video": ".video", "VideoRequest": ".request"}
+_HOMES = {
+    "Engine": ".engine.engine",
+    "HunyuanVideoTransformer3DModel": ".models.hunyuan_video",
+    "Video": ".video",
+    "VideoRequest": ".request",
+    "repair": ".drop_in.repair",
+    "restore": ".drop_in.repair",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import FeedForward
+from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import (
     CombinedTimestepTextProjEmbeddings,
     PixArtAlphaTextProjection,
@@ -45,6 +46,7 @@ from reelbatch.attention import (
     HeadRules,
     Mask,
     Sizes,
+    check_backend,
     compile_rules,
     per_sample,
     ragged_attention,
@@ -54,6 +56,16 @@ from reelbatch.models.padded import branches_of
 from reelbatch.ragged import Lengths
 
 NORM_EPS = 1e-6
+
+DIFFUSERS_BACKENDS = {
+    "native": AUTO,
+    "_native_flash": "flash",
+    "_native_cudnn": "cudnn",
+    "_native_efficient": "efficient",
+    "_native_math": "math",
+    "flex": "flex",
+}
+"""Diffusers' names of attention backends, in ours."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -134,11 +146,10 @@ class Modulation(nn.Module):
 
     def __init__(self, dim: int, vectors: int) -> None:
         super().__init__()
-        self.vectors = vectors
         self.linear = nn.Linear(dim, vectors * dim)
 
     def forward(self, condition: Float[Tensor, "branches dim"]) -> tuple[Tensor, ...]:
-        return self.linear(condition).chunk(self.vectors, dim=-1)
+        return self.linear(condition).split(condition.shape[-1], dim=-1)
 
 
 def modulated_norm(rows: Tensor, lengths: Lengths, shift: Tensor, scale: Tensor) -> Tensor:
@@ -440,7 +451,7 @@ class SingleStreamBlock(nn.Module):
 # The network
 
 
-class HunyuanVideoTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
+class HunyuanVideoTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
     """HunyuanVideo's text-to-video transformer, with the configuration and parameters of Diffusers' class of this name.
 
     Args:
@@ -453,10 +464,11 @@ class HunyuanVideoTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         guidance_embeds: whether the model takes an embedded guidance scale.
         text_embed_dim, pooled_projection_dim: widths of the Llama states and of the pooled CLIP text.
         rope_theta, rope_axes_dim: rotary base, and channels for frame, row and column; they sum to the head dim.
-        image_condition_type: must be None; image-to-video models are another network.
+        image_condition_type: None, or "latent_concat", where the image comes in as further channels of the latents;
+            "token_replace" models are another network.
 
     Raises:
-        ValueError: if the configuration is of an image-to-video model, or does not fit together.
+        ValueError: if the configuration is of another network, or does not fit together.
     """
 
     _supports_gradient_checkpointing = True
@@ -486,10 +498,11 @@ class HunyuanVideoTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         image_condition_type: str | None = None,
     ) -> None:
         super().__init__()
-        if image_condition_type is not None:
+        if image_condition_type not in (None, "latent_concat"):
             raise ValueError(
-                f"image_condition_type is {image_condition_type!r}: this is an image-to-video checkpoint, and this "
-                "class is the text-to-video transformer. Use a text-to-video checkpoint (image_condition_type null)."
+                f"image_condition_type is {image_condition_type!r}: the transformer of such an image-to-video "
+                "checkpoint is another network. This class is that of text-to-video checkpoints "
+                "(image_condition_type null), and of image-to-video ones by 'latent_concat'."
             )
         if qk_norm != "rms_norm":
             raise ValueError(f"qk_norm is {qk_norm!r}; HunyuanVideo's transformer has 'rms_norm'.")
@@ -571,6 +584,23 @@ class HunyuanVideoTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         velocities = self._packs([[branch] for branch in branches] if self.isolation == "exact" else [branches])
         sample = torch.stack([velocity for pack in velocities for velocity in pack])
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def set_attention_backend(self, backend: str) -> None:
+        """The kernel of the joint attention, by our name (`reelbatch.attention.BACKENDS`, "auto") or Diffusers' own."""
+        name = DIFFUSERS_BACKENDS.get(backend.lower(), backend.lower())
+        check_backend(name)
+        self.attention_backend = name
+
+    def reset_attention_backend(self) -> None:
+        self.attention_backend = AUTO
+
+    def enable_cache(self, config: Any) -> None:
+        """Refused: Diffusers' step caches decide once for the whole batch."""
+        raise NotImplementedError(
+            f"{type(config).__name__}: a step cache decides once for the whole batch whether a step is skipped, so a "
+            "video would depend on its batch-mates. Run without it (reelbatch.restore(pipe) gives back Diffusers' own "
+            "transformer, which has it)."
+        )
 
     def _packs(self, packs: Sequence[Sequence[Branch]]) -> list[list[Float[Tensor, "channels frames height width"]]]:
         shapes = [[self._branch_shape(branch) for branch in pack] for pack in packs]

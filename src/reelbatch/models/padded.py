@@ -95,15 +95,12 @@ def _all_positions(count: int, device: torch.device) -> Tensor:
 
 
 def _scales(guidance: Tensor, count: int) -> Tensor:
-    """One guidance a sample. A pipeline that was given a list of n scales makes `[B, n]` of it, each row the list."""
+    """One guidance a sample. A pipeline that was given a list of B scales makes `[B, B]` of it, each row the list."""
     if guidance.ndim < 2:
         return _rows("guidance", guidance, count)
-    listed = guidance[0]
-    if count % len(listed):
-        raise ValueError(
-            f"{len(listed)} guidance scales were given for a batch of {count}: give one, one a prompt, or one a video."
-        )
-    return listed.repeat_interleave(count // len(listed))
+    if len(guidance[0]) != count:
+        raise ValueError(f"{len(guidance[0])} guidance scales were given for a batch of {count}: give one, or {count}.")
+    return guidance[0]
 
 
 def _masks(
@@ -123,7 +120,7 @@ def _masks(
 
 
 def _joint_masks(mask: Tensor, axes: str | None, sizes: Sizes, video: int, positions: Sequence[Tensor]) -> list[Tensor]:
-    """Each sample's part `[1, heads or 1, N or 1, N]` of a mask over `[video | padded text]`: its own rows and columns."""
+    """Of a mask over `[video | padded text]`, each sample's own rows and columns: `[1, heads or 1, N or 1, N]`."""
 
     def cut() -> tuple[Sequence[Tensor], list[Tensor]]:
         view = canonical(mask, sizes, axes).expand(sizes.batch, -1, -1, -1)

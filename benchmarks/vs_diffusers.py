@@ -12,7 +12,6 @@ tokens and a mask.
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -30,6 +29,7 @@ from diffusers import HunyuanVideoPipeline
 from diffusers import HunyuanVideoTransformer3DModel as Reference
 
 from reelbatch import VideoRequest
+from reelbatch.doctor import device_name
 from reelbatch.engine.engine import Engine
 from reelbatch.models.checkpoint import DEMO_FOLDER, load
 from reelbatch.models.hunyuan_video import Branch, HunyuanVideoTransformer3DModel
@@ -274,15 +274,6 @@ def summary(cells: list[Cell]) -> str:
             f"- {name}: {mean:.2f}× in the geometric mean of {len(ratios)} cells, {min(ratios):.2f}× at the least"
         )
     return "\n".join(lines)
-
-
-def device_name(device: str) -> str:
-    if device != "cpu":
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
-    name = names[0].partition(":")[2].strip() if names else platform.processor()
-    return f"{name}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def main(

@@ -14,8 +14,9 @@ import torch
 import typer
 from diffusers import HunyuanVideoTransformer3DModel as Reference
 from torch.profiler import ProfilerActivity, profile
-from vs_diffusers import device_name, transformer_ways
+from vs_diffusers import transformer_ways
 
+from reelbatch.doctor import device_name
 from reelbatch.models.checkpoint import DEMO_FOLDER
 from reelbatch.models.hunyuan_video import HunyuanVideoTransformer3DModel
 

@@ -48,6 +48,7 @@ REQUESTS = st.builds(
     steps=st.integers(1, 3),
     guidance=st.floats(1, 12),
     flow_shift=st.sampled_from([None, 1.0, 3.0]),
+    attention_rule=st.sampled_from([None, None, "own-frame", "spatial-temporal", "sliding-tile"]),
 )
 UNIQUE_REQUESTS = st.lists(REQUESTS, min_size=1, max_size=5, unique_by=lambda request: request.id)
 
@@ -209,7 +210,7 @@ def failing_on(components: Components, monkeypatch: pytest.MonkeyPatch, guidance
     def failing(packs, **kwargs):
         if any(float(branch.guidance) == guidance * 1000 for pack in packs for branch in pack):
             raise error
-        return forward(packs, **kwargs)
+        return forward(packs=packs, **kwargs)
 
     monkeypatch.setattr(components.transformer, "forward", failing)
 
@@ -276,7 +277,7 @@ def test_a_step_too_large_for_memory_is_split_and_nothing_is_lost(
     def small_memory(packs, **kwargs):
         if sum(len(pack) for pack in packs) > 2:
             raise torch.OutOfMemoryError("out of memory")
-        return forward(packs, **kwargs)
+        return forward(packs=packs, **kwargs)
 
     monkeypatch.setattr(fp32.transformer, "forward", small_memory)
     for id, video in make(fp32, requests).items():

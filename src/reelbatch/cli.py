@@ -107,6 +107,13 @@ def generate(
         float | None, typer.Option(help="Timestep shift; the model's own if not given.", rich_help_panel=REQUEST)
     ] = None,
     fps: Annotated[int | None, typer.Option(help="Frames a second of the file.", rich_help_panel=REQUEST)] = None,
+    attention_rule: Annotated[
+        str | None,
+        typer.Option(
+            help="Which tokens a head attends to: own-frame, sliding-tile, spatial-temporal; all if not given.",
+            rich_help_panel=REQUEST,
+        ),
+    ] = None,
     tag: Annotated[
         list[str] | None, typer.Option(help="Kept in the sidecar; may be repeated.", rich_help_panel=REQUEST)
     ] = None,
@@ -123,6 +130,9 @@ def generate(
             rich_help_panel=ENGINE,
         ),
     ] = "exact",
+    attention: Annotated[
+        str, typer.Option(help="Attention kernel: auto, or a name that `doctor` shows.", rich_help_panel=ENGINE)
+    ] = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Videos that share a step.", rich_help_panel=ENGINE)] = 8,
     batch_tokens: Annotated[
         int | None, typer.Option(min=1, help="Transformer rows that share a step, at most.", rich_help_panel=ENGINE)
@@ -164,6 +174,7 @@ def generate(
         "true_cfg": true_cfg,
         "flow_shift": flow_shift,
         "fps": fps,
+        "attention_rule": attention_rule,
         "tags": tag,
     }
     info = inspect(resolve(model))
@@ -181,6 +192,7 @@ def generate(
             isolation=isolation,
             max_batch_size=batch_size,
             max_batch_tokens=batch_tokens,
+            attention=attention,
         )
         code = _make(engine, requests, out, overwrite, as_json)
     raise typer.Exit(code)
@@ -202,6 +214,22 @@ def model_info(
     else:
         _show_info(info, device, dtype)
     raise typer.Exit(SOME_FAILED if info.problems or not info.fits(device, dtype) else 0)
+
+
+@app.command()
+def doctor(
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Show what this machine has: versions, device, memory, and the attention kernel that is chosen, and why."""
+    from reelbatch.doctor import examine
+
+    found = examine(device, dtype)
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    _show_machine(found)
 
 
 # -- generate, in parts ----------------------------------------------------------------------------
@@ -342,6 +370,27 @@ def _check_writable(out: Path) -> None:
 
 def _say(text: str, style: str | None = None) -> None:
     console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+# -- doctor, in parts ------------------------------------------------------------------------------
+
+
+def _show_machine(found: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    answer = Console()
+    for name, value in found["machine"].items():
+        answer.print(f"{name:<14} {value}", highlight=False, markup=False, soft_wrap=True)
+    chosen = Table("attention with", "kernel", "why", title=f"chosen on {found['device']} in {found['dtype']}")
+    for kind, choice in found["chosen"].items():
+        chosen.add_row(kind, choice["backend"], choice["why"])
+    answer.print(chosen)
+    backends = Table("--attention", "what it is", "cannot here")
+    for backend in found["backends"]:
+        refused = "; ".join(f"{kind}: {why}" for kind, why in backend["refuses"].items())
+        backends.add_row(backend["name"], backend["what"], backend["never"] or refused or "")
+    answer.print(backends)
+    answer.print(f"attention rules: {', '.join(found['rules'])}", highlight=False)
 
 
 # -- model-info, in parts --------------------------------------------------------------------------

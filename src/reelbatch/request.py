@@ -158,6 +158,8 @@ class VideoRequest(BaseModel):
     seed: of the noise, 64 bits; drawn at random when not given, so that it is always recorded.
     height, width: in pixels. frames: multiple of 4, plus 1. steps: denoising steps. fps: frames a second of the file.
     guidance: the embedded guidance scale. flow_shift: the timestep shift of the flow-matching schedule.
+    attention_rule: name of a rule of which tokens each head attends to (`reelbatch.attention.register_rule`);
+        None is all.
     id: names the request within a run; drawn at random when not given. tags: yours, kept in the sidecar.
     """
 
@@ -174,6 +176,7 @@ class VideoRequest(BaseModel):
     guidance: Annotated[float, _real(lambda x: x >= 0, "a number, 0 or more", "0")] | None = None
     true_cfg: Annotated[float, _real(lambda x: x >= 1, "a number, 1 (off) or more", "1")] = 1.0
     flow_shift: Annotated[float, _real(lambda x: x > 0, "a number above 0", "1")] | None = None
+    attention_rule: Prompt | None = None
     fps: Annotated[int, _whole(1, MAX_FPS)] | None = None
     id: Annotated[str, BeforeValidator(_identifier)] = Field(default_factory=lambda: secrets.token_hex(6))
     tags: Annotated[tuple[str, ...], BeforeValidator(_tags)] = ()
@@ -214,6 +217,7 @@ class VideoRequest(BaseModel):
         rest = {"steps": defaults.steps, "guidance": defaults.guidance, "fps": defaults.fps}
         problems = [_off_grid(side, filled[side], limits.spatial_stride, 0) for side in ("height", "width")]
         problems.append(_off_grid("frames", filled["frames"], limits.temporal_stride, 1))
+        problems.append(_unknown_rule(self.attention_rule))
         if any(problems):
             raise RequestError(problem for problem in problems if problem)
         update = filled | {name: value for name, value in rest.items() if getattr(self, name) is None}
@@ -239,6 +243,18 @@ def _off_grid(field: str, value: int, stride: int, offset: int) -> Problem | Non
     multiples = f"{stride}·k + {offset} ({offset}, {offset + stride}, {offset + 2 * stride}, …)"
     rule = multiples if offset else f"a multiple of {stride}"
     return Problem(field, f"{field}={value} must be {rule} for this model{near}")
+
+
+def _unknown_rule(name: str | None) -> Problem | None:
+    if name is None:
+        return None
+    from reelbatch.attention import rule_names  # brings torch
+
+    if name in rule_names():
+        return None
+    near = difflib.get_close_matches(name, rule_names(), n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"registered are {', '.join(rule_names())}"
+    return Problem("attention_rule", f"attention_rule={name!r} is not registered; {hint}")
 
 
 def _problem(details: ErrorDetails) -> Problem:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from reelbatch import __version__
+from reelbatch.attention import AUTO, Setting, choose, rule_named
 from reelbatch.engine import flow
 from reelbatch.engine.planner import Isolation, Planner
 from reelbatch.engine.sample import Sample, draw_noise
@@ -82,9 +83,12 @@ class Engine:
         max_batch_size: int = 8,
         max_batch_tokens: int | None = None,
         keep_latents: bool = False,
+        attention: str = AUTO,
     ) -> None:
         if isolation not in ("exact", "packed"):
             raise ValueError(f"isolation is {isolation!r}; it must be 'exact' or 'packed'.")
+        choose(Setting(components.device.type, components.transformer.dtype, "none"), attention)
+        components.transformer.set_attention_backend(attention)
         self.components = components
         self.isolation = isolation
         self.planner = Planner(max_batch_size, max_batch_tokens)
@@ -107,6 +111,7 @@ class Engine:
         max_batch_size: int = 8,
         max_batch_tokens: int | None = None,
         keep_latents: bool = False,
+        attention: str = AUTO,
     ) -> Engine:
         """Opens a model folder and makes an engine of it.
 
@@ -118,8 +123,10 @@ class Engine:
             max_batch_size: samples that share a step.
             max_batch_tokens: transformer rows that share a step, or None for no limit.
             keep_latents: whether videos carry their final latents too.
+            attention: the kernel, a name in `reelbatch.attention.BACKENDS`; "auto" takes the best that there is.
 
         Raises:
+            AttentionBackendError: if the attention backend cannot run here, with those that can.
             ModelFolderError: if the folder is not a model that can run, with the file and the remedy.
         """
         return cls(
@@ -128,6 +135,7 @@ class Engine:
             max_batch_size=max_batch_size,
             max_batch_tokens=max_batch_tokens,
             keep_latents=keep_latents,
+            attention=attention,
         )
 
     # -- asking ------------------------------------------------------------------------------------
@@ -158,6 +166,7 @@ class Engine:
             "device": str(self.components.device),
             "dtype": str(self.components.transformer.dtype).removeprefix("torch."),
             "isolation": self.isolation,
+            "attention": self.components.transformer.attention_backend,
             "versions": {"reelbatch": __version__}
             | {name: version(name) for name in ("torch", "diffusers", "transformers")},
         }
@@ -257,6 +266,7 @@ class Engine:
                 for text in (conditional, unconditional)
                 if text is not None
             ),
+            rules=None if request.attention_rule is None else rule_named(request.attention_rule, self._heads),
         )
 
     def _velocities(self, samples: list[Sample]) -> list[list[Tensor] | Exception]:
@@ -341,6 +351,10 @@ class Engine:
         found = self.components.text.encode(prompt, prompt_2)
         to = {"device": self.components.device, "dtype": self.components.transformer.dtype}
         return replace(found, text=found.text.to(**to), pooled=found.pooled.to(**to))
+
+    @property
+    def _heads(self) -> int:
+        return cast(int, self.components.transformer.config.num_attention_heads)
 
     def _latent_shape(self, request: VideoRequest) -> tuple[int, int, int, int]:
         config, vae = self.components.transformer.config, self.components.decoder.vae

@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from reelbatch.attention import HeadRules
 from reelbatch.engine.flow import Schedule
-from reelbatch.models.hunyuan_video import Branch
+from reelbatch.models.branch import Branch
 from reelbatch.models.text import Conditioning
 from reelbatch.request import VideoRequest
 
@@ -30,6 +31,7 @@ class Sample:
         conditional, unconditional: the text of its guidance branches, in the transformer's dtype; without
             classifier-free guidance there is only the first.
         guidance: embedded guidance scale × 1000, in the transformer's dtype.
+        rules: which tokens each head attends to; None is all.
         tokens: rows that one step of it puts through the transformer, all branches.
         seconds: time spent in steps that it took part in.
         batch_mates: ids of all that shared a step with it. largest_batch: samples in the fullest of those steps.
@@ -42,6 +44,7 @@ class Sample:
     unconditional: Conditioning | None
     guidance: Float[Tensor, ""]
     tokens: int
+    rules: HeadRules | None = None
     step: int = 0
     seconds: float = 0.0
     largest_batch: int = 0
@@ -56,4 +59,4 @@ class Sample:
         texts = [self.conditional] if self.unconditional is None else [self.conditional, self.unconditional]
         latents = self.latents.to(self.guidance.dtype)
         timestep = self.schedule.timesteps[self.step]
-        return [Branch(latents, text.text, text.pooled, timestep, self.guidance) for text in texts]
+        return [Branch(latents, text.text, text.pooled, timestep, self.guidance, self.rules) for text in texts]

@@ -1,0 +1,79 @@
+"""What this machine has, for `reelbatch doctor` and for the records of measurements."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from reelbatch.attention import BACKENDS, Setting, choose, rule_names
+from reelbatch.attention.backends import Kind
+from reelbatch.engine.memory import device_memory_bytes
+from reelbatch.models.checkpoint import choose_device, choose_dtype
+
+PACKAGES = ("reelbatch", "torch", "diffusers", "transformers", "accelerate", "peft", "av")
+WITH = {
+    "none": "no mask",
+    "keys": "a mask of keys",
+    "dense": "a mask tensor",
+    "rules": "rules",
+}
+
+
+def processor_name() -> str:
+    """The processor, as the system calls it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    found = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    return found or platform.processor() or platform.machine()
+
+
+def device_name(device: torch.device | str) -> str:
+    """A device with what its speed depends on."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{processor_name()}, {torch.get_num_threads()} threads, {capability}"
+
+
+def examine(device: str = "auto", dtype: str = "auto") -> dict[str, Any]:
+    """The machine, the attention kernels that run on it, and the one that is chosen for each kind of mask."""
+    chosen_device = choose_device(device)
+    chosen_dtype = choose_dtype(dtype, chosen_device)
+    settings: dict[Kind, Setting] = {kind: Setting(chosen_device.type, chosen_dtype, kind) for kind in get_args(Kind)}
+    chosen = {kind: choose(setting) for kind, setting in settings.items()}
+    compiler = next((found for name in ("g++", "clang++", "c++") if (found := shutil.which(name))), None)
+    return {
+        "machine": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in PACKAGES},
+            "system": f"{platform.system()} {platform.release()}",
+            "device": device_name(chosen_device),
+            "cores": os.cpu_count(),
+            "memory": f"{device_memory_bytes(chosen_device) / 2**30:.1f} GiB",
+            "C++ compiler": compiler or "none (FlexAttention on the CPU and torch.compile need one)",
+        },
+        "device": str(chosen_device),
+        "dtype": str(chosen_dtype).removeprefix("torch."),
+        "chosen": {WITH[kind]: {"backend": choice.backend.name, "why": choice.why} for kind, choice in chosen.items()},
+        "backends": [_backend(name, settings) for name in BACKENDS],
+        "rules": list(rule_names()),
+    }
+
+
+def _backend(name: str, settings: dict[Kind, Setting]) -> dict[str, Any]:
+    refused = {kind: BACKENDS[name].refuses(setting) for kind, setting in settings.items()}
+    reasons = {WITH[kind]: reason for kind, reason in refused.items() if reason is not None}
+    always = len(reasons) == len(settings) and len(set(reasons.values())) == 1
+    return {
+        "name": name,
+        "what": BACKENDS[name].what,
+        "never": next(iter(reasons.values())) if always else None,
+        "refuses": {} if always else reasons,
+    }

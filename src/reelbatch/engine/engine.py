@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -16,12 +17,20 @@ from torch import Tensor
 from reelbatch import __version__
 from reelbatch.attention import AUTO, Setting, choose, rule_named
 from reelbatch.engine import flow
+from reelbatch.engine.memory import device_memory_bytes
 from reelbatch.engine.planner import Isolation, Planner
+from reelbatch.engine.recovery import OutOfMemory, free_memory, gibibytes, is_out_of_memory, log
 from reelbatch.engine.sample import Sample, draw_noise
 from reelbatch.models.checkpoint import Components, load, resolve
 from reelbatch.models.text import Conditioning
 from reelbatch.request import ModelLimits, VideoRequest
 from reelbatch.video import Video
+
+Result = TypeVar("Result")
+Way = tuple[str, Callable[[], AbstractContextManager[None]]]
+"""A way to do with less memory: what to call it, and what to enter while working so."""
+SMALLER_TILES = (128, 64)
+"""Pixels on a side of the VAE tiles that are tried when decoding runs out of memory."""
 
 Phase = Literal["text", "denoise", "decode", "done", "failed", "cancelled"]
 
@@ -242,10 +251,29 @@ class Engine:
             request = self._waiting.popleft()
             self._report(request, "text", 0)
             try:
-                self._running.append(self._start(request))
+                self._running.append(self._start_or_free(request))
             except Exception as error:
+                if is_out_of_memory(error) and self._running:
+                    log.warning("out of memory in the text of %s: it waits until a video is done", request.id)
+                    self._waiting.appendleft(request)
+                    break
                 failures.append(self._fail(request, error))
         return failures
+
+    def _start_or_free(self, request: VideoRequest) -> Sample:
+        try:
+            return self._start(request)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        free_memory()
+        ways: list[Way] = [("again after memory was freed", nullcontext)]
+        if self.components.device.type != "cpu":
+            ways.append(
+                ("with the other networks moved to the CPU", lambda: self.components.elsewhere("transformer", "vae"))
+            )
+            ways.append(("on the CPU", lambda: self.components.elsewhere("text")))
+        return self._first_that_fits(request, "the text", ways, lambda: self._start(request))
 
     @torch.no_grad()
     def _start(self, request: VideoRequest) -> Sample:
@@ -275,14 +303,55 @@ class Engine:
         Nothing is written into a sample here, so a step that failed is simply tried again in halves, until the sample
         that cannot be computed stands alone.
         """
+        return [outcome for group in self.planner.groups(samples) for outcome in self._velocities_of(group)]
+
+    def _velocities_of(self, samples: list[Sample]) -> list[list[Tensor] | Exception]:
         try:
             return [*self._forward(samples)]
         except Exception as error:
-            if len(samples) == 1:
+            ran_out = is_out_of_memory(error)
+            if len(samples) == 1 and not ran_out:
                 return [error]
-        gc.collect()  # the traceback held the failed step's activations
-        half = len(samples) // 2
-        return self._velocities(samples[:half]) + self._velocities(samples[half:])
+        free_memory()  # outside of the handler, whose traceback held the failed step's activations
+        if len(samples) == 1:
+            return [self._velocities_alone(samples[0])]
+        halves = self.planner.halves(samples)
+        if ran_out:
+            self.planner.limit_forward(halves)
+            log.warning("out of memory in a step of %d videos: it is done in parts", len(samples))
+        return [outcome for half in halves for outcome in self._velocities_of(half)]
+
+    def _velocities_alone(self, sample: Sample) -> list[Tensor] | Exception:
+        """Of a sample that ran out of memory in a step of its own."""
+        others = "the text encoders and the VAE moved to the CPU"
+        ways: list[Way] = [("again after memory was freed", nullcontext)]
+        if self.components.device.type != "cpu":
+            ways.append((f"with {others}", lambda: self.components.elsewhere("text", "vae")))
+        try:
+            return self._first_that_fits(sample.request, "a step", ways, lambda: self._forward([sample])[0])
+        except Exception as error:
+            return error
+
+    def _first_that_fits(
+        self, request: VideoRequest, phase: str, ways: Sequence[Way], work: Callable[[], Result]
+    ) -> Result:
+        """The result of `work`, tried in one way after the other for as long as memory runs out."""
+        for way, entered in ways:
+            log.warning("out of memory in %s of %s: tried %s", phase, request.id, way)
+            try:
+                with entered():
+                    return work()
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                told = str(error).splitlines()[0] if str(error) else type(error).__name__
+            free_memory()
+        there = gibibytes(device_memory_bytes(self.components.device))
+        raise OutOfMemory(
+            f"{phase} of request {request.id!r} ({request.width}×{request.height}, {request.frames} frames) runs out "
+            f"of memory even alone: {told}. {self.components.device} has {there} in all. Make it smaller or shorter, "
+            "use a dtype of fewer bytes, or a device with more memory."
+        )
 
     @torch.no_grad()
     def _forward(self, samples: list[Sample]) -> list[list[Tensor]]:
@@ -327,7 +396,7 @@ class Engine:
         self._report(sample.request, "decode", sample.step)
         started = time.perf_counter()
         try:
-            frames = self.components.decoder.decode(sample.latents)
+            frames = self._decode(sample)
         except Exception as error:
             return self._fail(sample.request, error)
         video = Video(
@@ -336,7 +405,7 @@ class Engine:
             provenance={
                 **self.info,
                 "seconds": {"denoise": sample.seconds, "decode": time.perf_counter() - started},
-                "vae_tiles": self.components.decoder.tiles(tuple(sample.latents.shape)),
+                "vae_tiles": sample.tiles or self.components.decoder.tiles(tuple(sample.latents.shape)),
                 "batch": {"largest": sample.largest_batch, "mates": sorted(sample.batch_mates)},
             },
             latents=sample.latents.cpu() if self.keep_latents else None,
@@ -344,6 +413,29 @@ class Engine:
         self._ids.discard(sample.request.id)
         self._report(sample.request, "done", sample.step)
         return video
+
+    def _decode(self, sample: Sample) -> Tensor:
+        decoder = self.components.decoder
+        try:
+            return decoder.decode(sample.latents)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        free_memory()
+        ways: list[Way] = [("again after memory was freed", nullcontext)]
+        ways += [(f"in VAE tiles of {size} pixels", partial(self._in_tiles, sample, size)) for size in SMALLER_TILES]
+        if self.components.device.type != "cpu":
+            ways.append(
+                ("with the other networks moved to the CPU", lambda: self.components.elsewhere("text", "transformer"))
+            )
+            ways.append(("on the CPU", lambda: self.components.elsewhere("vae")))
+        return self._first_that_fits(sample.request, "decoding", ways, lambda: decoder.decode(sample.latents))
+
+    @contextmanager
+    def _in_tiles(self, sample: Sample, pixels: int) -> Iterator[None]:
+        with self.components.decoder.in_tiles_of(pixels):
+            yield
+        sample.tiles = pixels
 
     # -- small parts -------------------------------------------------------------------------------
 

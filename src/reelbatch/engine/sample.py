@@ -34,6 +34,7 @@ class Sample:
         rules: which tokens each head attends to; None is all.
         tokens: rows that one step of it puts through the transformer, all branches.
         seconds: time spent in steps that it took part in.
+        tiles: pixels on a side of the VAE tiles that it took to fit into memory, if it did not fit otherwise.
         batch_mates: ids of all that shared a step with it. largest_batch: samples in the fullest of those steps.
     """
 
@@ -48,6 +49,7 @@ class Sample:
     step: int = 0
     seconds: float = 0.0
     largest_batch: int = 0
+    tiles: int | None = None
     batch_mates: set[str] = field(default_factory=set)
 
     @property

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from reelbatch.engine.engine import Engine, Failure
-from reelbatch.video import Place
+from reelbatch.engine.recovery import free_memory, is_out_of_memory, log
+from reelbatch.video import Place, Video
 
 UNWRITTEN = 4
 """Videos that may wait for the writer before the engine waits too: frames must not pile up in memory."""
@@ -46,9 +47,20 @@ def run(
                 if isinstance(end, Failure):
                     yield Outcome(place, error=end.error)
                 else:
-                    unwritten.append((place, end.record, writer.submit(end.save, place.path, overwrite=overwrite)))
+                    unwritten.append((place, end.record, writer.submit(_save, end, place, overwrite)))
             yield from _written(unwritten, UNWRITTEN)
         yield from _written(unwritten, 0)
+
+
+def _save(video: Video, place: Place, overwrite: bool) -> Path:
+    try:
+        return video.save(place.path, overwrite=overwrite)
+    except (MemoryError, OSError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+    free_memory()
+    log.warning("out of memory in writing %s: tried again after memory was freed", place.path)
+    return video.save(place.path, overwrite=overwrite)
 
 
 def _written(unwritten: deque[tuple[Place, dict[str, Any], Future[Path]]], leave: int) -> Iterator[Outcome]:

@@ -10,9 +10,10 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import transformers
@@ -169,6 +170,29 @@ class Components:
     def vocabulary(self) -> frozenset[str] | None:
         """The words that a little model knows; None for a model that knows language."""
         return frozenset(self.profile.vocabulary) or None
+
+    @contextmanager
+    def elsewhere(self, *parts: Literal["text", "transformer", "vae"]) -> Iterator[None]:
+        """While entered, these parts are on the CPU: out of the device's memory, and working there if they must."""
+        networks = {
+            "text": [self.text.llama, self.text.clip],
+            "transformer": [self.transformer],
+            "vae": [self.decoder.vae],
+        }
+        moved = [network for part in parts for network in networks[part]]
+        if "text" in parts:
+            self.text.forget(prefix=True)  # what it keeps lies on the device
+        for network in moved:
+            network.to("cpu")
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        try:
+            yield
+        finally:
+            if "text" in parts:
+                self.text.forget(prefix=True)
+            for network in moved:
+                network.to(self.device)
 
 
 def choose_device(device: torch.device | str = "auto") -> torch.device:

@@ -129,8 +129,10 @@ class TextEncoder:
         """
         return Conditioning(self._text(prompt), self._pooled(prompt if prompt_2 is None else prompt_2))
 
-    def forget(self) -> None:
-        """Drops what is kept of prompts encoded so far (the template's prefix stays)."""
+    def forget(self, prefix: bool = False) -> None:
+        """Drops what is kept of prompts encoded so far; with `prefix`, of the template's beginning as well."""
+        if prefix:
+            self._prefix = None
         self._text.cache_clear()
         self._pooled.cache_clear()
 

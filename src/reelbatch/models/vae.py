@@ -7,6 +7,9 @@ keys of the frames up to their own, unmasked: the same sums, no mask.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLHunyuanVideo
@@ -110,6 +113,25 @@ class VideoDecoder:
             return self.vae.use_tiling
         framewise = self.vae.use_framewise_decoding
         return decode_peak_bytes(self.vae.config, latent_shape, self.vae.dtype, framewise) > self.tile_above_bytes
+
+    @contextmanager
+    def in_tiles_of(self, pixels: int) -> Iterator[None]:
+        """While entered, decodes in tiles of so many pixels on a side, a quarter of which overlaps the next tile."""
+        sizes = {
+            "tile_sample_min_height": pixels,
+            "tile_sample_min_width": pixels,
+            "tile_sample_stride_height": pixels * 3 // 4,
+            "tile_sample_stride_width": pixels * 3 // 4,
+            "use_tiling": True,
+        }
+        found = {name: getattr(self.vae, name) for name in sizes}
+        for name, value in sizes.items():
+            setattr(self.vae, name, value)
+        try:
+            yield
+        finally:
+            for name, value in found.items():
+                setattr(self.vae, name, value)
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "channels latent_frames h w"]) -> Float[Tensor, "frames height width 3"]:

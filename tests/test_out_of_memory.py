@@ -1,0 +1,245 @@
+"""Memory runs out at any place and any time: nothing is lost, nothing is made twice, and every frame is the same."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from reelbatch import Video, VideoRequest
+from reelbatch.engine.engine import Engine, Failure
+from reelbatch.engine.planner import Planner
+from reelbatch.engine.recovery import OutOfMemory, is_out_of_memory
+from reelbatch.jobs.run import run
+from reelbatch.models.checkpoint import Components, load
+from reelbatch.video import places, read_video
+
+RUNS = int(os.environ.get("REELBATCH_FAULT_RUNS", "25"))
+"""Runs with random faults; the full measure is 200."""
+ERRORS: tuple[Callable[[], Exception], ...] = (
+    MemoryError,
+    lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    lambda: RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried"),
+    lambda: OSError(errno.ENOMEM, "Cannot allocate memory"),
+)
+
+
+@pytest.fixture(scope="module")
+def components(tiny_folder: Path) -> Components:
+    return load(tiny_folder, "cpu", torch.float32)
+
+
+def requests() -> list[VideoRequest]:
+    fields = ({"frames": 5}, {"width": 48}, {}, {"true_cfg": 2.0, "negative_prompt": "blurry"}, {"steps": 3})
+    words = ("a red cat", "a blue dog on the background", "circle", "a small star moving left", "standing still")
+    return [
+        VideoRequest(**{"prompt": prompt, "seed": i, "id": f"r{i}", "height": 32, "width": 32, "steps": 2, **each})
+        for i, (prompt, each) in enumerate(zip(words, fields, strict=True))
+    ]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(components: Components) -> dict[str, Video]:
+    return {video.request.id: video for video in Engine(components, keep_latents=True).generate(requests())}
+
+
+@contextmanager
+def faults(components: Components, raises: Callable[[str], bool], rng: random.Random) -> Iterator[list[str]]:
+    """Asks `raises` at every allocation point, by its name, and runs out of memory there if it says so."""
+    struck: list[str] = []
+    networks = {
+        "encode": components.text.llama,
+        "encode clip": components.text.clip,
+        "step": components.transformer,
+        "decode": components.decoder.vae.decoder,
+        **{f"block {i}": block for i, block in enumerate(components.transformer.transformer_blocks)},
+        **{f"single block {i}": block for i, block in enumerate(components.transformer.single_transformer_blocks)},
+    }
+
+    def hook(name: str) -> Callable[..., None]:
+        def strike(*_: object) -> None:
+            if raises(name):
+                struck.append(name)
+                raise rng.choice(ERRORS)()
+
+        return strike
+
+    handles = [network.register_forward_pre_hook(hook(name)) for name, network in networks.items()]
+    components.text.forget()
+    try:
+        yield struck
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize("seed", range(RUNS))
+def test_whatever_runs_out_when_every_request_ends_once_and_right(
+    components: Components, undisturbed: dict[str, Video], seed: int
+) -> None:
+    rng = random.Random(seed)
+    share = rng.choice([0.02, 0.05, 0.15, 0.4])
+    engine = Engine(components, keep_latents=True, max_batch_size=rng.randint(1, 5))
+    with faults(components, lambda name: rng.random() < share, rng):
+        for request in requests():
+            engine.submit(request)
+        ends = list(engine.run())
+    assert sorted(end.request.id for end in ends) == sorted(undisturbed)
+    for end in ends:
+        if isinstance(end, Failure):
+            assert isinstance(end.error, OutOfMemory), end.error
+            assert "memory even alone" in str(end.error)
+            continue
+        expected = undisturbed[end.request.id]
+        assert end.latents is not None and expected.latents is not None
+        assert torch.equal(end.latents, expected.latents)
+        if end.provenance["vae_tiles"] is False:
+            assert np.array_equal(end.frames, expected.frames)
+        else:
+            assert np.abs(end.frames.astype(int) - expected.frames).max() < 255
+
+
+def test_a_batch_that_is_too_large_is_split_and_not_tried_again(
+    components: Components, undisturbed: dict[str, Video]
+) -> None:
+    sizes: list[int] = []
+
+    def limited(module: torch.nn.Module, args: object, kwargs: dict) -> None:
+        sizes.append(len(kwargs["packs"]))
+        if len(kwargs["packs"]) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    handle = components.transformer.register_forward_pre_hook(limited, with_kwargs=True)
+    try:
+        engine = Engine(components, keep_latents=True)
+        made = engine.generate(requests())
+    finally:
+        handle.remove()
+    for video in made:
+        assert np.array_equal(video.frames, undisturbed[video.request.id].frames)
+    assert sizes[0] == 5
+    assert max(sizes[1:]) <= 3  # its halves, and never so many again
+
+
+def test_groups_stay_below_what_failed_and_grow_back_together() -> None:
+    class Piece:
+        def __init__(self, tokens: int) -> None:
+            self.tokens = tokens
+
+    planner, pieces = Planner(8), [Piece(10) for _ in range(5)]
+    assert planner.groups(pieces) == [pieces]
+    planner.limit_forward(planner.halves(pieces))
+    assert [len(group) for group in planner.groups(pieces)] == [3, 2]
+    planner.limit_forward(planner.halves(pieces[:3]))
+    assert [len(group) for group in planner.groups(pieces)] == [2, 2, 1]
+    assert planner.groups(pieces[:2]) == [pieces[:2]]
+    planner.limit_forward(planner.halves(pieces[:2]))
+    assert [len(group) for group in planner.groups(pieces)] == [1] * 5
+    assert planner.groups([]) == []
+
+
+def test_a_decode_that_never_fits_whole_is_done_in_tiles_and_says_so(
+    components: Components, caplog: pytest.LogCaptureFixture
+) -> None:
+    vae = components.decoder.vae
+    request = VideoRequest(prompt="a cat", height=192, width=192, frames=1, steps=1, id="large")
+
+    def whole(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        if args[0].shape[-1] * vae.spatial_compression_ratio > 64:
+            raise MemoryError
+
+    handle = vae.decoder.register_forward_pre_hook(whole)
+    try:
+        (video,) = Engine(components).generate([request])
+    finally:
+        handle.remove()
+    assert video.provenance["vae_tiles"] == 64
+    assert video.frames.shape == (1, 192, 192, 3)
+    assert not vae.use_tiling
+    assert [record.message for record in caplog.records][
+        -1
+    ] == "out of memory in decoding of large: tried in VAE tiles of 64 pixels"
+
+
+def test_what_never_fits_fails_alone_with_what_it_needs(components: Components, undisturbed: dict[str, Video]) -> None:
+    def never(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        if args[0].shape[-1] == 48 // components.decoder.vae.spatial_compression_ratio:  # the request that is 48 wide
+            raise MemoryError("cannot allocate 9 GiB")
+
+    handle = components.decoder.vae.decoder.register_forward_pre_hook(never)
+    engine = Engine(components)
+    try:
+        for request in requests():
+            engine.submit(request)
+        ends = {end.request.id: end for end in engine.run()}
+    finally:
+        handle.remove()
+    failure = ends.pop("r1")
+    assert isinstance(failure, Failure)
+    for part in ("decoding of request 'r1'", "48×32", "cannot allocate 9 GiB", "GiB in all", "smaller or shorter"):
+        assert part in str(failure.error)
+    for id, video in ends.items():
+        assert isinstance(video, Video)
+        assert np.array_equal(video.frames, undisturbed[id].frames)
+
+
+def test_a_text_that_does_not_fit_beside_running_videos_waits_for_them(
+    components: Components, undisturbed: dict[str, Video]
+) -> None:
+    engine = Engine(components)
+
+    def crowded(*_: object) -> None:
+        if engine.running:
+            raise MemoryError
+
+    components.text.forget()
+    handle = components.text.llama.register_forward_pre_hook(crowded)
+    try:
+        made = engine.generate(requests())
+    finally:
+        handle.remove()
+    for video in made:
+        assert video.provenance["batch"]["largest"] == 1
+        assert np.array_equal(video.frames, undisturbed[video.request.id].frames)
+
+
+def test_a_file_is_written_after_all_when_memory_is_free_again(
+    components: Components, undisturbed: dict[str, Video], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, refused = Video.save, set()
+
+    def scarce(video: Video, *args: object, **options: object) -> Path:
+        if video.request.id not in refused:
+            refused.add(video.request.id)
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return save(video, *args, **options)
+
+    monkeypatch.setattr(Video, "save", scarce)
+    engine = Engine(components)
+    outcomes = list(run(engine, places(requests(), tmp_path, engine.info)))
+    assert len(refused) == len(outcomes) == 5
+    for outcome in outcomes:
+        assert outcome.error is None
+        frames = undisturbed[outcome.place.request.id].frames
+        assert read_video(outcome.place.path).shape == frames.shape
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        *((make(), True) for make in ERRORS),
+        (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
+        (RuntimeError("size mismatch"), False),
+        (OSError(errno.ENOSPC, "No space left on device"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_only_an_allocators_refusal_is_out_of_memory(error: Exception, expected: bool) -> None:
+    assert is_out_of_memory(error) is expected

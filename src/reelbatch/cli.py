@@ -137,6 +137,10 @@ def generate(
     batch_tokens: Annotated[
         int | None, typer.Option(min=1, help="Transformer rows that share a step, at most.", rich_help_panel=ENGINE)
     ] = None,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(help="Memory that the run may hold, as 20GiB; videos wait for it.", rich_help_panel=ENGINE),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the videos.", rich_help_panel=OUTPUT)] = Path("out"),
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Make again, and replace, what is there.", rich_help_panel=OUTPUT)
@@ -158,6 +162,7 @@ def generate(
     Every video is an mp4 with a sidecar JSON beside it; the run draws one contact sheet. Videos that are there already,
     of the same request and model, are kept: the same command again makes what is missing.
     """
+    from reelbatch.engine.memory import parse_bytes
     from reelbatch.jobs.prompts import make_requests
     from reelbatch.models.checkpoint import inspect, resolve
 
@@ -193,6 +198,7 @@ def generate(
             max_batch_size=batch_size,
             max_batch_tokens=batch_tokens,
             attention=attention,
+            max_memory=None if max_memory is None else parse_bytes(max_memory),
         )
         code = _make(engine, requests, out, overwrite, as_json)
     raise typer.Exit(code)

@@ -21,7 +21,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
-    Qwen2Tokenizer,
     SiglipImageProcessor,
     SiglipVisionConfig,
     SiglipVisionModel,
@@ -64,7 +63,7 @@ def hunyuan_video_text_encoder(subfolder: str = "", **_: Any) -> PreTrainedModel
 
 
 def qwen(**_: Any) -> PreTrainedTokenizerBase:
-    """Byte-level, with Qwen's chat markup; the class name is the one that the pipeline's loader knows."""
+    """Byte-level, with Qwen's chat markup."""
     tokenizer = llama_tokenizer(["system", "user", "assistant"])
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.chat_template = CHAT_TEMPLATE

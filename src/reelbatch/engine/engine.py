@@ -17,12 +17,14 @@ from torch import Tensor
 from reelbatch import __version__
 from reelbatch.attention import AUTO, Setting, choose, rule_named
 from reelbatch.engine import flow
-from reelbatch.engine.memory import device_memory_bytes
+from reelbatch.engine.memory import device_memory_bytes, held_bytes, step_peak_bytes
 from reelbatch.engine.planner import Isolation, Planner
 from reelbatch.engine.recovery import OutOfMemory, free_memory, gibibytes, is_out_of_memory, log
 from reelbatch.engine.sample import Sample, draw_noise
 from reelbatch.models.checkpoint import Components, load, resolve
+from reelbatch.models.hunyuan_video import BranchShape
 from reelbatch.models.text import Conditioning
+from reelbatch.models.vae import VideoDecoder
 from reelbatch.request import ModelLimits, VideoRequest
 from reelbatch.video import Video
 
@@ -93,11 +95,19 @@ class Engine:
         max_batch_tokens: int | None = None,
         keep_latents: bool = False,
         attention: str = AUTO,
+        max_memory: int | None = None,
     ) -> None:
         if isolation not in ("exact", "packed"):
             raise ValueError(f"isolation is {isolation!r}; it must be 'exact' or 'packed'.")
         choose(Setting(components.device.type, components.transformer.dtype, "none"), attention)
         components.transformer.set_attention_backend(attention)
+        self.max_memory = max_memory
+        self._held = held_bytes(components.device)
+        if max_memory is not None:
+            above = max(max_memory - self._held, 0)
+            known = components.decoder.tile_above_bytes
+            decoder = VideoDecoder(components.decoder.vae, above if known is None else min(above, known))
+            components = replace(components, decoder=decoder)
         self.components = components
         self.isolation = isolation
         self.planner = Planner(max_batch_size, max_batch_tokens)
@@ -121,6 +131,7 @@ class Engine:
         max_batch_tokens: int | None = None,
         keep_latents: bool = False,
         attention: str = AUTO,
+        max_memory: int | None = None,
     ) -> Engine:
         """Opens a model folder and makes an engine of it.
 
@@ -132,6 +143,8 @@ class Engine:
             max_batch_size: samples that share a step.
             max_batch_tokens: transformer rows that share a step, or None for no limit.
             keep_latents: whether videos carry their final latents too.
+            max_memory: bytes that this process (on a GPU: its allocations there) may hold. Samples wait rather than
+                overrun it, by estimate; what does not fit alone fails alone.
             attention: the kernel, a name in `reelbatch.attention.BACKENDS`; "auto" takes the best that there is.
 
         Raises:
@@ -145,6 +158,7 @@ class Engine:
             max_batch_tokens=max_batch_tokens,
             keep_latents=keep_latents,
             attention=attention,
+            max_memory=max_memory,
         )
 
     # -- asking ------------------------------------------------------------------------------------
@@ -247,10 +261,11 @@ class Engine:
 
     def _admit(self) -> list[Failure]:
         failures = []
-        while self._waiting and self.planner.admits(self._tokens_bound(self._waiting[0]), self._running):
+        while self._waiting and self._has_room_for(self._waiting[0]):
             request = self._waiting.popleft()
             self._report(request, "text", 0)
             try:
+                self._refuse_too_large(request)
                 self._running.append(self._start_or_free(request))
             except Exception as error:
                 if is_out_of_memory(error) and self._running:
@@ -259,6 +274,30 @@ class Engine:
                     break
                 failures.append(self._fail(request, error))
         return failures
+
+    def _has_room_for(self, request: VideoRequest) -> bool:
+        """Whether it may join those that run; its text counts at its longest, as it is not encoded yet."""
+        shapes = self._shapes_at_most(request)
+        if not self.planner.admits(sum(shape.video + shape.text for shape in shapes), self._running):
+            return False
+        return not self._running or self.max_memory is None or self._step_bytes(shapes) <= self.max_memory
+
+    def _refuse_too_large(self, request: VideoRequest) -> None:
+        if self.max_memory is None or self._running:
+            return
+        need = self._step_bytes(self._shapes_at_most(request))
+        if need > self.max_memory:
+            raise OutOfMemory(
+                f"a step of request {request.id!r} ({request.width}×{request.height}, {request.frames} frames) is "
+                f"estimated to need {gibibytes(need)}, of which {gibibytes(self._held)} are held already; the memory "
+                f"limit is {gibibytes(self.max_memory)}. Raise the limit, or make the video smaller or shorter."
+            )
+
+    def _step_bytes(self, joining: Sequence[BranchShape]) -> int:
+        """Estimated bytes held at the peak of a step of those that run and one more."""
+        c = self.components
+        samples = [*(sample.shapes for sample in self._running), tuple(joining)]
+        return self._held + step_peak_bytes(c.transformer.config, samples, c.transformer.dtype, self.isolation)
 
     def _start_or_free(self, request: VideoRequest) -> Sample:
         try:
@@ -289,8 +328,8 @@ class Engine:
             conditional=conditional,
             unconditional=unconditional,
             guidance=torch.tensor(request.guidance, dtype=dtype, device=c.device) * 1000.0,
-            tokens=sum(
-                self._video_tokens(request) + len(text.text)
+            shapes=tuple(
+                BranchShape(*self._grid(request), len(text.text))
                 for text in (conditional, unconditional)
                 if text is not None
             ),
@@ -454,15 +493,15 @@ class Engine:
         space, time_ = vae.spatial_compression_ratio, vae.temporal_compression_ratio
         return config.in_channels, (frames - 1) // time_ + 1, height // space, width // space
 
-    def _video_tokens(self, request: VideoRequest) -> int:
+    def _grid(self, request: VideoRequest) -> tuple[int, int, int]:
+        """Patches along frame, row and column."""
         config = self.components.transformer.config
         _, frames, height, width = self._latent_shape(request)
-        return (frames // config.patch_size_t) * (height // config.patch_size) * (width // config.patch_size)
+        return frames // config.patch_size_t, height // config.patch_size, width // config.patch_size
 
-    def _tokens_bound(self, request: VideoRequest) -> int:
-        """Tokens that the request can have at most; its true text length is known only once it is encoded."""
-        branches = 2 if request.uses_cfg else 1
-        return branches * (self._video_tokens(request) + self.components.text.max_tokens)
+    def _shapes_at_most(self, request: VideoRequest) -> list[BranchShape]:
+        """Of its branches, with the most text that they can have."""
+        return [BranchShape(*self._grid(request), self.components.text.max_tokens)] * (2 if request.uses_cfg else 1)
 
     def _fail(self, request: VideoRequest, error: Exception) -> Failure:
         self._ids.discard(request.id)

@@ -11,6 +11,7 @@ from torch import Tensor
 from reelbatch.attention import HeadRules
 from reelbatch.engine.flow import Schedule
 from reelbatch.models.branch import Branch
+from reelbatch.models.hunyuan_video import BranchShape
 from reelbatch.models.text import Conditioning
 from reelbatch.request import VideoRequest
 
@@ -32,7 +33,7 @@ class Sample:
             classifier-free guidance there is only the first.
         guidance: embedded guidance scale × 1000, in the transformer's dtype.
         rules: which tokens each head attends to; None is all.
-        tokens: rows that one step of it puts through the transformer, all branches.
+        shapes: patches and text tokens of each of its branches.
         seconds: time spent in steps that it took part in.
         tiles: pixels on a side of the VAE tiles that it took to fit into memory, if it did not fit otherwise.
         batch_mates: ids of all that shared a step with it. largest_batch: samples in the fullest of those steps.
@@ -44,13 +45,18 @@ class Sample:
     conditional: Conditioning
     unconditional: Conditioning | None
     guidance: Float[Tensor, ""]
-    tokens: int
+    shapes: tuple[BranchShape, ...]
     rules: HeadRules | None = None
     step: int = 0
     seconds: float = 0.0
     largest_batch: int = 0
     tiles: int | None = None
     batch_mates: set[str] = field(default_factory=set)
+
+    @property
+    def tokens(self) -> int:
+        """Rows that one step of it puts through the transformer, all branches."""
+        return sum(shape.video + shape.text for shape in self.shapes)
 
     @property
     def done(self) -> bool:

@@ -23,7 +23,7 @@ CONFIG = tiny.transformer_config()
 
 
 def ours_from(reference: Reference) -> HunyuanVideoTransformer3DModel:
-    model = HunyuanVideoTransformer3DModel(**{name: reference.config[name] for name in CONFIG})
+    model = HunyuanVideoTransformer3DModel.from_config(reference.config)
     model.load_state_dict(reference.state_dict())
     return model.eval()
 
@@ -161,6 +161,19 @@ def test_velocity_is_the_reference_for_every_sample_of_a_ragged_batch(patch: int
     )
     for ours, theirs in zip(found, expected, strict=True):
         assert relative_error(ours, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+@torch.no_grad()
+def test_a_given_first_frame_is_modulated_apart_as_in_the_reference(frames: int) -> None:
+    reference = tiny.transformer(image_condition_type="token_replace")
+    model = ours_from(reference)
+    branches = [make_branch(i, frames, text=TEXT_TOKENS - 6 * i, timestep=900 - 250 * i) for i in range(3)]
+    expected = reference_velocities(reference, branches)
+    exact = [velocity for (velocity,) in model(packs=[[branch] for branch in branches])]
+    for found in (exact, model(packs=[branches])[0]):
+        for ours, theirs in zip(found, expected, strict=True):
+            assert relative_error(ours, theirs) < 1e-5
 
 
 def test_gradients_are_the_references() -> None:
@@ -313,7 +326,7 @@ def test_regional_compile_runs_on_the_packed_path() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"image_condition_type": "token_replace"}, "image-to-video"),
+        ({"image_condition_type": "token_swap"}, "must be None, 'latent_concat' or 'token_replace'"),
         ({"qk_norm": "layer_norm"}, "rms_norm"),
         ({"rope_axes_dim": (4, 4, 4)}, "sums to 12; it must sum to attention_head_dim, 16"),
     ],

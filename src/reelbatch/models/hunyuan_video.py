@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -92,10 +92,26 @@ class Layout:
     video: Lengths
     text: Lengths
     rope: tuple[Complex[Tensor, "video 1 half_head_dim"], ...]
+    first_frame: Lengths | None = None
+    """Rows of each first frame, in networks that modulate it apart from the rest."""
 
-    @property
+    @cached_property
     def joint(self) -> Lengths:
         return tuple(v + t for v, t in zip(self.video, self.text, strict=True))
+
+    @cached_property
+    def video_parts(self) -> Lengths:
+        """Video rows that share a modulation, one after the other."""
+        return self._parts(self.video)
+
+    @cached_property
+    def joint_parts(self) -> Lengths:
+        return self._parts(self.joint)
+
+    def _parts(self, lengths: Lengths) -> Lengths:
+        if self.first_frame is None:
+            return lengths
+        return tuple(part for first, n in zip(self.first_frame, lengths, strict=True) for part in (first, n - first))
 
 
 @dataclass(frozen=True)
@@ -116,12 +132,14 @@ class TwoStreams:
     video: Float[Tensor, "video_tokens dim"]
     text: Float[Tensor, "text_tokens dim"]
     condition: Float[Tensor, "branches dim"]
+    part_condition: Float[Tensor, "parts dim"]
+    """Of the rows that share a modulation (`Layout.video_parts`): `condition`, where a branch has one for all its rows."""
     layout: Layout
     attend: Attending = Attending()
 
     def join(self) -> OneStream:
         tokens = ragged.interleave(self.video, self.layout.video, self.text, self.layout.text)
-        return OneStream(tokens, self.condition, self.layout, self.attend)
+        return OneStream(tokens, self.condition, self.part_condition, self.layout, self.attend)
 
 
 @dataclass(frozen=True)
@@ -130,6 +148,7 @@ class OneStream:
 
     tokens: Float[Tensor, "tokens dim"]
     condition: Float[Tensor, "branches dim"]
+    part_condition: Float[Tensor, "parts dim"]
     layout: Layout
     attend: Attending = Attending()
 
@@ -209,13 +228,18 @@ def rotary_table(
 
 @lru_cache(maxsize=256)
 def make_layout(
-    shapes: tuple[BranchShape, ...], axes_dim: tuple[int, int, int], theta: float, device: torch.device
+    shapes: tuple[BranchShape, ...],
+    axes_dim: tuple[int, int, int],
+    theta: float,
+    device: torch.device,
+    first_frame_apart: bool = False,
 ) -> Layout:
     """The layout of a pack of these shapes; made once, it serves every layer of every step."""
     return Layout(
         video=tuple(shape.video for shape in shapes),
         text=tuple(shape.text for shape in shapes),
         rope=tuple(rotary_table(shape[:3], axes_dim, theta, device) for shape in shapes),
+        first_frame=tuple(shape.height * shape.width for shape in shapes) if first_frame_apart else None,
     )
 
 
@@ -254,6 +278,11 @@ class ConditionEmbedding(nn.Module):
         if self.guidance_embedder is not None:
             condition = condition + self.guidance_embedder(self.time_proj(guidance).to(pooled.dtype))
         return condition + self.text_embedder(pooled)
+
+    def of_first_frame(self, pooled: Float[Tensor, "branches pooled_dim"]) -> Float[Tensor, "branches dim"]:
+        """Of a first frame that is given, not denoised: its timestep is 0."""
+        timestep = torch.zeros(len(pooled), device=pooled.device)
+        return self.timestep_embedder(self.time_proj(timestep).to(pooled.dtype)) + self.text_embedder(pooled)
 
 
 class Projections(nn.Module):
@@ -399,25 +428,25 @@ class DualStreamBlock(nn.Module):
 
     def _pack(self, pack: TwoStreams) -> TwoStreams:
         video, text, layout = pack.video, pack.text, pack.layout
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.norm1(pack.condition)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.norm1(pack.part_condition)
         c_shift_msa, c_scale_msa, c_gate_msa, c_shift_mlp, c_scale_mlp, c_gate_mlp = self.norm1_context(pack.condition)
 
         # 1. Joint attention
         video_update, text_update = self.attn.two_streams(
-            modulated_norm(video, layout.video, shift_msa, scale_msa),
+            modulated_norm(video, layout.video_parts, shift_msa, scale_msa),
             modulated_norm(text, layout.text, c_shift_msa, c_scale_msa),
             layout,
             pack.attend,
         )
-        video = gated_residual(video, layout.video, gate_msa, video_update)
+        video = gated_residual(video, layout.video_parts, gate_msa, video_update)
         text = gated_residual(text, layout.text, c_gate_msa, text_update)
 
         # 2. Feed-forward
-        video_update = self.ff(modulated_norm(video, layout.video, shift_mlp, scale_mlp))
+        video_update = self.ff(modulated_norm(video, layout.video_parts, shift_mlp, scale_mlp))
         text_update = self.ff_context(modulated_norm(text, layout.text, c_shift_mlp, c_scale_mlp))
         return replace(
             pack,
-            video=gated_residual(video, layout.video, gate_mlp, video_update),
+            video=gated_residual(video, layout.video_parts, gate_mlp, video_update),
             text=gated_residual(text, layout.text, c_gate_mlp, text_update),
         )
 
@@ -438,8 +467,8 @@ class SingleStreamBlock(nn.Module):
         return [self._pack(pack) for pack in packs]
 
     def _pack(self, pack: OneStream) -> OneStream:
-        lengths = pack.layout.joint
-        shift, scale, gate = self.norm(pack.condition)
+        lengths = pack.layout.joint_parts
+        shift, scale, gate = self.norm(pack.part_condition)
         normed = modulated_norm(pack.tokens, lengths, shift, scale)
         attended = self.attn.one_stream(normed, pack.layout, pack.attend)
         mlp = F.gelu(self.proj_mlp(normed), approximate="tanh")
@@ -464,8 +493,8 @@ class HunyuanVideoTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
         guidance_embeds: whether the model takes an embedded guidance scale.
         text_embed_dim, pooled_projection_dim: widths of the Llama states and of the pooled CLIP text.
         rope_theta, rope_axes_dim: rotary base, and channels for frame, row and column; they sum to the head dim.
-        image_condition_type: None, or "latent_concat", where the image comes in as further channels of the latents;
-            "token_replace" models are another network.
+        image_condition_type: None for text-to-video. With "latent_concat" an image comes in as further channels of the
+            latents; with "token_replace" it is the first latent frame, which is modulated as of timestep 0.
 
     Raises:
         ValueError: if the configuration is of another network, or does not fit together.
@@ -498,11 +527,10 @@ class HunyuanVideoTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
         image_condition_type: str | None = None,
     ) -> None:
         super().__init__()
-        if image_condition_type not in (None, "latent_concat"):
+        if image_condition_type not in (None, "latent_concat", "token_replace"):
             raise ValueError(
-                f"image_condition_type is {image_condition_type!r}: the transformer of such an image-to-video "
-                "checkpoint is another network. This class is that of text-to-video checkpoints "
-                "(image_condition_type null), and of image-to-video ones by 'latent_concat'."
+                f"image_condition_type is {image_condition_type!r}; "
+                "it must be None, 'latent_concat' or 'token_replace'."
             )
         if qk_norm != "rms_norm":
             raise ValueError(f"qk_norm is {qk_norm!r}; HunyuanVideo's transformer has 'rms_norm'.")
@@ -620,13 +648,23 @@ class HunyuanVideoTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
     def _embed(self, pack: Sequence[Branch], shapes: tuple[BranchShape, ...]) -> TwoStreams:
         timestep = torch.stack([branch.timestep for branch in pack])
         pooled = torch.stack([branch.pooled for branch in pack])
-        condition = self.time_text_embed(timestep, pooled, self._guidance(pack))
+        # every modulation begins with this SiLU
+        condition = part_condition = F.silu(self.time_text_embed(timestep, pooled, self._guidance(pack)))
+        first_frame_apart = self.config.image_condition_type == "token_replace"
+        if first_frame_apart:
+            first_frames = F.silu(self.time_text_embed.of_first_frame(pooled))
+            part_condition = torch.stack([first_frames, condition], dim=1).flatten(0, 1)
         return TwoStreams(
             video=self.x_embedder([branch.latents for branch in pack]),
             text=self.context_embedder([branch.text for branch in pack], timestep),
-            condition=F.silu(condition),  # every modulation begins with it
+            condition=condition,
+            part_condition=part_condition,
             layout=make_layout(
-                shapes, tuple(self.config.rope_axes_dim), self.config.rope_theta, pack[0].latents.device
+                shapes,
+                tuple(self.config.rope_axes_dim),
+                self.config.rope_theta,
+                pack[0].latents.device,
+                first_frame_apart,
             ),
             attend=self._attending(pack, shapes),
         )

@@ -111,7 +111,7 @@ def test_auto_is_float32_on_the_cpu_and_bfloat16_on_cuda():
     assert choose_dtype("auto", torch.device("cpu")) == torch.float32
     assert choose_dtype("auto", torch.device("cuda")) == torch.bfloat16
     assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
-    for dtype in ("int8", torch.int64, "none"):
+    for dtype in ("int4", torch.int64, "none"):
         with pytest.raises(ValueError, match="give auto, float32, bfloat16 or float16"):
             choose_dtype(dtype, torch.device("cpu"))
     with pytest.raises(ValueError, match="device 'tpu9' is unknown"):

@@ -122,7 +122,13 @@ def generate(
         typer.Option(help="demo, a folder in the Diffusers layout, or a hub id.", rich_help_panel=ENGINE),
     ] = "demo",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N.", rich_help_panel=ENGINE)] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.", rich_help_panel=ENGINE)] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="auto, float32, bfloat16, float16, int8 (8-bit weights), or transformer=…,vae=…,text=….",
+            rich_help_panel=ENGINE,
+        ),
+    ] = "auto",
     isolation: Annotated[
         Literal["exact", "packed"],
         typer.Option(

@@ -23,6 +23,7 @@ from reelbatch.engine.recovery import OutOfMemory, free_memory, gibibytes, is_ou
 from reelbatch.engine.sample import Sample, draw_noise
 from reelbatch.models.checkpoint import Components, load, resolve
 from reelbatch.models.hunyuan_video import BranchShape
+from reelbatch.models.precision import Precision
 from reelbatch.models.text import Conditioning
 from reelbatch.models.vae import VideoDecoder
 from reelbatch.request import ModelLimits, VideoRequest
@@ -125,7 +126,7 @@ class Engine:
         model: str = "demo",
         *,
         device: str | torch.device = "auto",
-        dtype: str | torch.dtype = "auto",
+        dtype: Precision | torch.dtype | str = "auto",
         isolation: Isolation = "exact",
         max_batch_size: int = 8,
         max_batch_tokens: int | None = None,
@@ -138,7 +139,8 @@ class Engine:
         Args:
             model: "demo" (the bundled little model), a folder in the Diffusers layout, or a hub id.
             device: "auto" is CUDA where there is one, else the CPU.
-            dtype: of weights and activations; "auto" is bfloat16 on CUDA, float32 on the CPU.
+            dtype: of weights and activations; "auto" is bfloat16 on CUDA, float32 on the CPU. Part by part as in
+                "transformer=bfloat16,vae=float16,text=float16"; "int8" keeps the transformer's weights in 8 bits.
             isolation: "exact" (bit-identical to a run alone) or "packed" (equal to rounding, fewer and larger calls).
             max_batch_size: samples that share a step.
             max_batch_tokens: transformer rows that share a step, or None for no limit.
@@ -187,7 +189,7 @@ class Engine:
         return {
             "model": self.components.name,
             "device": str(self.components.device),
-            "dtype": str(self.components.transformer.dtype).removeprefix("torch."),
+            "dtype": str(self.components.precision),
             "isolation": self.isolation,
             "attention": self.components.transformer.attention_backend,
             "versions": {"reelbatch": __version__}

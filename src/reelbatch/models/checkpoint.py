@@ -21,6 +21,7 @@ from diffusers import AutoencoderKLHunyuanVideo
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from reelbatch.engine.memory import device_memory_bytes
+from reelbatch.models.precision import Precision
 from reelbatch.models.text import DEFAULT_TEMPLATE, PromptTemplate, TextEncoder
 from reelbatch.models.vae import VideoDecoder
 from reelbatch.request import ModelLimits, RequestDefaults, RequestError, VideoRequest
@@ -60,15 +61,6 @@ OTHER_SCHEDULES = (
     "stochastic_sampling",
 )
 """Scheduler settings that ask for other sigmas or another step than HunyuanVideo's."""
-
-DTYPES = {
-    "float32": torch.float32,
-    "fp32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "bf16": torch.bfloat16,
-    "float16": torch.float16,
-    "fp16": torch.float16,
-}
 
 
 class ModelFolderError(ValueError):
@@ -130,22 +122,23 @@ class ModelInfo:
     def parameters(self) -> int:
         return sum(component.parameters for component in self.components)
 
-    def weight_bytes(self, dtype: torch.dtype | str = "auto", device: torch.device | str = "auto") -> int:
+    def weight_bytes(self, dtype: Precision | torch.dtype | str = "auto", device: torch.device | str = "auto") -> int:
         """Memory that the weights of all components take in `dtype`."""
-        return self.parameters * choose_dtype(dtype, choose_device(device)).itemsize
+        precision = Precision.parse(dtype, choose_device(device))
+        return sum(precision.weight_bytes(component.name, component.parameters) for component in self.components)
 
-    def fits(self, device: torch.device | str = "auto", dtype: torch.dtype | str = "auto") -> bool:
+    def fits(self, device: torch.device | str = "auto", dtype: Precision | torch.dtype | str = "auto") -> bool:
         """Whether the weights fit into the device's memory (what generating takes besides depends on the request)."""
         return self.weight_bytes(dtype, device) < device_memory_bytes(choose_device(device))
 
-    def verdict(self, device: torch.device | str = "auto", dtype: torch.dtype | str = "auto") -> str:
+    def verdict(self, device: torch.device | str = "auto", dtype: Precision | torch.dtype | str = "auto") -> str:
         """In a sentence: whether this model can run on the device."""
         device = choose_device(device)
-        dtype = choose_dtype(dtype, device)
+        dtype = Precision.parse(dtype, device)
         if self.problems:
             return f"cannot run: {len(self.problems)} problem(s) with the folder"
         need, have = self.weight_bytes(dtype, device) / 2**30, device_memory_bytes(device) / 2**30
-        sizes = f"the weights take {need:.2f} GiB in {_dtype_name(dtype)}, {device} has {have:.1f} GiB"
+        sizes = f"the weights take {need:.2f} GiB in {dtype}, {device} has {have:.1f} GiB"
         if self.fits(device, dtype):
             return f"can run: {sizes}"
         return f"cannot run: {sizes}; a dtype of fewer bytes or a larger device is needed"
@@ -153,7 +146,7 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class Components:
-    """A loaded model. All networks are on `device`, in `dtype`, in evaluation mode."""
+    """A loaded model. All networks are on `device`, each in its dtype, in evaluation mode."""
 
     name: str
     folder: Path
@@ -164,7 +157,7 @@ class Components:
     limits: ModelLimits
     profile: FolderProfile
     device: torch.device
-    dtype: torch.dtype
+    precision: Precision
 
     @property
     def vocabulary(self) -> frozenset[str] | None:
@@ -209,13 +202,8 @@ def choose_device(device: torch.device | str = "auto") -> torch.device:
 
 
 def choose_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 on CUDA and float32 elsewhere. Raises ValueError for other names than those of `DTYPES`."""
-    if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if chosen is None or chosen not in DTYPES.values():
-        raise ValueError(f"dtype {dtype!r} cannot be used; give auto, float32, bfloat16 or float16")
-    return chosen
+    """What the transformer computes in; see `Precision.parse`."""
+    return Precision.parse(dtype, device).transformer
 
 
 def resolve(model: str | Path) -> Path:
@@ -433,7 +421,7 @@ class _Reader:
 def load(
     folder: str | Path,
     device: torch.device | str = "auto",
-    dtype: torch.dtype | str = "auto",
+    dtype: Precision | torch.dtype | str = "auto",
     tile_above_bytes: int | None = None,
 ) -> Components:
     """Loads all components of a model folder.
@@ -441,7 +429,7 @@ def load(
     Args:
         folder: in the Diffusers layout.
         device: "auto" is CUDA where there is one, else the CPU.
-        dtype: of all networks; "auto" is bfloat16 on CUDA, float32 elsewhere.
+        dtype: of all networks, or part by part (`Precision.parse`); "auto" is bfloat16 on CUDA, float32 elsewhere.
         tile_above_bytes: decode in spatial tiles what is estimated to take more than this. None: half of the
             device's memory that the weights leave.
 
@@ -455,11 +443,11 @@ def load(
     if info.problems:
         raise ModelFolderError("\n".join(info.problems))
     device = choose_device(device)
-    dtype = choose_dtype(dtype, device)
+    precision = Precision.parse(dtype, device)
     if tile_above_bytes is None:
-        tile_above_bytes = (device_memory_bytes(device) - info.weight_bytes(dtype, device)) // 2
-    if not info.fits(device, dtype):
-        raise ModelFolderError(f"{folder}: {info.verdict(device, dtype)}")
+        tile_above_bytes = (device_memory_bytes(device) - info.weight_bytes(precision, device)) // 2
+    if not info.fits(device, precision):
+        raise ModelFolderError(f"{folder}: {info.verdict(device, precision)}")
     folder = info.folder
 
     networks: dict[str, Any] = {}
@@ -471,7 +459,12 @@ def load(
     }.items():
         try:
             module, report = network.from_pretrained(
-                folder / name, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+                folder / name,
+                dtype=precision.of(name),
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+                **precision.loading(name),
             )
         except (OSError, ValueError, RuntimeError) as error:
             raise ModelFolderError(f"{folder / name}: cannot be loaded: {error}") from error
@@ -506,7 +499,7 @@ def load(
         limits=info.limits,
         profile=info.profile,
         device=device,
-        dtype=dtype,
+        precision=precision,
     )
 
 
@@ -566,7 +559,3 @@ def _name(folder: Path) -> str:
         if part.startswith("models--"):
             return part.removeprefix("models--").replace("--", "/")
     return folder.resolve().name
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -133,7 +133,7 @@ class TwoStreams:
     text: Float[Tensor, "text_tokens dim"]
     condition: Float[Tensor, "branches dim"]
     part_condition: Float[Tensor, "parts dim"]
-    """Of the rows that share a modulation (`Layout.video_parts`): `condition`, where a branch has one for all its rows."""
+    """Of the rows that share a modulation (`Layout.video_parts`); `condition` itself, where a branch has one for all."""
     layout: Layout
     attend: Attending = Attending()
 
@@ -376,9 +376,10 @@ class JointAttention(Projections):
         self.norm_q = nn.RMSNorm(head_dim, eps=NORM_EPS)
         self.norm_k = nn.RMSNorm(head_dim, eps=NORM_EPS)
         if added:
-            self.add_q_proj = nn.Linear(dim, dim)
+            # in the reference's order, so that a seed makes the same random weights
             self.add_k_proj = nn.Linear(dim, dim)
             self.add_v_proj = nn.Linear(dim, dim)
+            self.add_q_proj = nn.Linear(dim, dim)
             self.norm_added_q = nn.RMSNorm(head_dim, eps=NORM_EPS)
             self.norm_added_k = nn.RMSNorm(head_dim, eps=NORM_EPS)
             self.to_out = nn.ModuleList([nn.Linear(dim, dim)])

@@ -343,6 +343,7 @@ def _encode(frames: Frames, fps: int, path: Path, comment: str) -> None:
         stream = container.add_stream("libx264", rate=fps, width=width, height=height, options={"crf": CRF})
         stream.pix_fmt = "yuv420p"
         codec = stream.codec_context
+        codec.thread_count = 1  # it writes beside the next steps, whose cores and memory it leaves alone
         codec.color_range, codec.colorspace = ColorRange.MPEG, Colorspace.ITU709
         codec.color_primaries, codec.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
         for frame in frames:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,14 @@ from diffusers import HunyuanVideoPipeline
 
 # One thread: the tiny networks are slower with more, and several test runs then share a machine without harm.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What a person has tuned on this machine has no say in the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REELBATCH_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -24,12 +24,14 @@ class Fix:
     Args:
         fault: what is wrong, one sentence for the user.
         cure: what the repair does about it, one sentence.
+        part: what is changed: the pipeline itself, or one of its models, which other pipelines may share.
         apply: cures it in place, and returns what undoes that. Raises `CannotRepair`, with nothing changed, where
             Diffusers' source or the loaded modules are not those that the cure was written for.
     """
 
     fault: str
     cure: str
+    part: Any
     apply: Callable[[], Undo]
 
 

@@ -7,11 +7,12 @@ of Diffusers, so only the classes change.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from diffusers import HunyuanVideoPipeline
 from diffusers.models import attention_processor, normalization
@@ -21,7 +22,8 @@ from diffusers.utils.torch_utils import is_compiled_module
 from torch import Tensor, nn
 
 from reelbatch.drop_in.fix import CannotRepair, Fix, Undo, require_source
-from reelbatch.drop_in.reclass import reclass, stands_in
+from reelbatch.drop_in.reclass import reclass, reclass_all, stands_in
+from reelbatch.drop_in.step_cache import refuse_step_cache
 from reelbatch.models import hunyuan_video as ours
 
 
@@ -163,6 +165,7 @@ def faults(pipe: Any) -> list[Fix]:
                 "keeps the flash kernel away, and counts real text tokens from the left, so a left-padded mask lets "
                 "padding in.",
                 cure="Each sample runs with its own text tokens alone, found by position, and no mask.",
+                part=transformer,
                 apply=partial(_repair_transformer, transformer),
             )
         )
@@ -170,9 +173,12 @@ def faults(pipe: Any) -> list[Fix]:
         found.append(
             Fix(
                 fault="prompt_2 is ignored; prompt_embeds fail with num_videos_per_prompt above 1, or without their "
-                "mask; a list of guidance scales is refused; one negative prompt for several prompts fails.",
+                "mask; a list of guidance scales is refused; one negative prompt for several prompts fails; texts are "
+                "encoded and videos decoded in one batch, whose size changes their last bits.",
                 cure="CLIP reads prompt_2; embeddings that are given are repeated for the videos of a prompt; "
-                "guidance_scale takes one scale a prompt or a video; one negative prompt serves all prompts.",
+                "guidance_scale takes one scale a prompt or a video; one negative prompt serves all prompts; in exact "
+                "isolation each text is encoded, and each video decoded, alone.",
+                part=pipe,
                 apply=partial(_repair_pipeline, pipe),
             )
         )
@@ -185,34 +191,65 @@ def faults(pipe: Any) -> list[Fix]:
 
 def _repair_transformer(transformer: Any) -> Undo:
     require_source(SOURCE)
+    if type(transformer) is not theirs.HunyuanVideoTransformer3DModel:
+        raise CannotRepair(
+            f"the transformer is a {_class_name(transformer)}; the repair is for HunyuanVideoTransformer3DModel. "
+            "Nothing was changed."
+        )
     if transformer.config.image_condition_type is not None:
         raise CannotRepair(
             f"the transformer has image_condition_type {transformer.config.image_condition_type!r}; the repair is for "
             "text-to-video. Nothing was changed."
         )
     backend = _attention_backend(transformer)
-    with ExitStack() as done:
-        for module, new_class in _stand_ins_of(transformer):
-            done.callback(reclass(module, new_class))
-        vars(transformer)["attention_backend"] = backend
-        done.callback(vars(transformer).pop, "attention_backend", None)
-        return done.pop_all().close
+    modules = _stand_ins_of(transformer)
+    _refuse_processors(modules)
+    undo = reclass_all((module, new_class) for _, module, new_class in modules)
+    vars(transformer)["attention_backend"] = backend
+    return partial(_restore_transformer, transformer, undo)
 
 
-def _stand_ins_of(transformer: nn.Module) -> Iterator[tuple[nn.Module, type]]:
-    """Every module whose class changes, and its new class."""
-    for name, module in list(transformer.named_modules()):
-        if type(module) in STAND_INS:
-            yield module, STAND_INS[type(module)]
-        elif type(module) is attention_processor.Attention:
+def _restore_transformer(transformer: Any, undo: Undo) -> None:
+    undo()
+    vars(transformer).pop("attention_backend", None)
+
+
+def _stand_ins_of(transformer: nn.Module) -> list[tuple[str, nn.Module, type]]:
+    """Name, module and new class of every module whose class changes."""
+    found = []
+    for name, module in transformer.named_modules():
+        their = next((kind for kind in (*STAND_INS, attention_processor.Attention) if isinstance(module, kind)), None)
+        if their is None:
+            continue
+        if type(module) is not their:
+            raise CannotRepair(f"{name} is a {_class_name(module)}, not a {their.__name__}. Nothing was changed.")
+        if their is attention_processor.Attention:
             attention = REFINER_ATTENTION if name.startswith("context_embedder.") else JOINT_ATTENTION
-            if type(module.processor) is not PROCESSORS[attention]:
-                raise CannotRepair(
-                    f"{name} has the attention processor {type(module.processor).__name__}, where "
-                    f"{PROCESSORS[attention].__name__} was expected: call pipe.transformer.set_attn_processor(...) "
-                    "with that one, or unfuse_qkv_projections(), first. Nothing was changed."
-                )
-            yield module, attention
+            found.append((name, module, attention))
+        else:
+            found.append((name, module, STAND_INS[their]))
+    return found
+
+
+def _class_name(instance: object) -> str:
+    return f"{type(instance).__module__}.{type(instance).__qualname__}"
+
+
+def _refuse_processors(modules: Sequence[tuple[str, nn.Module, type]]) -> None:
+    """Refuse attention that another processor computes than the one that Diffusers gives it."""
+    for attention, expected in PROCESSORS.items():
+        others = {
+            name: _class_name(module.processor)
+            for name, module, new_class in modules
+            if new_class is attention and type(module.processor) is not expected
+        }
+        if others:
+            raise CannotRepair(
+                f"found the attention processor {' and '.join(sorted(set(others.values())))} where "
+                f"{expected.__name__} was expected. Put Diffusers' own back first, with {expected.__name__} of "
+                f"{expected.__module__}: for name in {list(others)}: "
+                f"pipe.transformer.get_submodule(name).set_processor({expected.__name__}()). Nothing was changed."
+            )
 
 
 def _attention_backend(transformer: nn.Module) -> str:
@@ -238,6 +275,9 @@ def _attention_backend(transformer: nn.Module) -> str:
 class BatchedPipeline(HunyuanVideoPipeline):
     """`HunyuanVideoPipeline` that treats every prompt of a batch as it would alone."""
 
+    isolation: Literal["exact", "packed"] = "exact"
+    """Whether the shapes of every computation are those that a video has alone, or those of the batch."""
+
     def encode_prompt(
         self,
         prompt: str | list[str] | None,
@@ -258,48 +298,79 @@ class BatchedPipeline(HunyuanVideoPipeline):
             prompt_embeds, pooled_prompt_embeds, prompt_attention_mask: one row a prompt, repeated for its videos.
         """
         to = {"device": device, "dtype": dtype}
+
+        def llama(texts: str | list[str]) -> tuple[Tensor, ...]:
+            return self._get_llama_prompt_embeds(texts, prompt_template, max_sequence_length=max_sequence_length, **to)
+
+        def clip(texts: str | list[str]) -> tuple[Tensor, ...]:
+            return (self._get_clip_prompt_embeds(texts, **to),)
+
         if prompt_embeds is None:
-            prompt_embeds, prompt_attention_mask = self._get_llama_prompt_embeds(
-                prompt, prompt_template, num_videos_per_prompt, max_sequence_length=max_sequence_length, **to
-            )
-        else:
-            if prompt_attention_mask is None:
-                prompt_attention_mask = torch.ones(prompt_embeds.shape[:2], device=prompt_embeds.device)
-            prompt_embeds, prompt_attention_mask = (
-                given.repeat_interleave(num_videos_per_prompt, dim=0)
-                for given in (prompt_embeds, prompt_attention_mask)
-            )
+            prompt_embeds, prompt_attention_mask = self._encode(llama, prompt)
+        elif prompt_attention_mask is None:
+            prompt_attention_mask = torch.ones(prompt_embeds.shape[:2], device=prompt_embeds.device)
         if pooled_prompt_embeds is None:
-            read = prompt if prompt_2 is None else prompt_2
-            pooled_prompt_embeds = self._get_clip_prompt_embeds(read, num_videos_per_prompt, **to)
-        else:
-            pooled_prompt_embeds = pooled_prompt_embeds.repeat_interleave(num_videos_per_prompt, dim=0)
-        return prompt_embeds, pooled_prompt_embeds, prompt_attention_mask
+            (pooled_prompt_embeds,) = self._encode(clip, prompt if prompt_2 is None else prompt_2)
+        states, pooled, mask = (
+            rows.repeat_interleave(num_videos_per_prompt, dim=0)
+            for rows in (prompt_embeds, pooled_prompt_embeds, prompt_attention_mask)
+        )
+        return states, pooled, mask
+
+    def _encode(self, encode: Callable[[Any], tuple[Tensor, ...]], texts: str | list[str] | None) -> Sequence[Tensor]:
+        """One row a text; in exact isolation each text is read alone, and once."""
+        if texts is None:
+            raise ValueError("prompt_embeds were given without pooled_prompt_embeds: give both, or neither.")
+        if isinstance(texts, str) or self.isolation == "packed":
+            return encode(texts)
+        rows = {text: encode(text) for text in dict.fromkeys(texts)}
+        return [torch.cat(parts) for parts in zip(*(rows[text] for text in texts), strict=True)]
 
     @wraps(HunyuanVideoPipeline.__call__)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        refuse_step_cache(self.transformer)
         call = inspect.signature(HunyuanVideoPipeline.__call__).bind(self, *args, **kwargs)
         call.apply_defaults()
         given = call.arguments
         prompt, embeds = given["prompt"], given["prompt_embeds"]
         prompts = len(prompt) if isinstance(prompt, list) else 1 if embeds is None else len(embeds)
-        if isinstance(prompt, list):
-            for name in ("prompt_2", "negative_prompt", "negative_prompt_2"):
-                given[name] = _one_a_prompt(name, given[name], prompts)
+        for name in ("prompt_2", "negative_prompt", "negative_prompt_2"):
+            given[name] = _one_a_prompt(name, given[name], prompts)
         given["guidance_scale"] = _one_a_video(given["guidance_scale"], prompts, given["num_videos_per_prompt"])
-        return super().__call__(*call.args[1:], **call.kwargs)
+        with ExitStack() as during:
+            during.enter_context(_set(self.transformer, "isolation", self.isolation))
+            if self.isolation == "exact":
+                during.enter_context(_set(self.vae, "use_slicing", True))  # decodes one video at a time
+            return super().__call__(*call.args[1:], **call.kwargs)
 
 
-def _one_a_prompt(name: str, texts: str | list[str] | None, prompts: int) -> list[str] | None:
-    texts = [texts] * prompts if isinstance(texts, str) else texts
-    if texts is not None and len(texts) != prompts:
+@contextmanager
+def _set(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """An attribute's value for a while; an owner that has no such attribute is left alone."""
+    owner = getattr(owner, "_orig_mod", owner)
+    if not hasattr(owner, name):
+        yield
+        return
+    before = {name: vars(owner)[name]} if name in vars(owner) else {}
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        delattr(owner, name)
+        vars(owner).update(before)
+
+
+def _one_a_prompt(name: str, texts: Any, prompts: int) -> Any:
+    if isinstance(texts, str):
+        return [texts] * prompts
+    if isinstance(texts, list) and len(texts) != prompts:
         raise ValueError(f"{name} has {len(texts)} texts for {prompts} prompts: give one, or one a prompt.")
     return texts
 
 
 def _one_a_video(scale: float | Sequence[float] | Tensor, prompts: int, copies: int) -> float | list[float]:
     """A guidance scale, or one for each video: those of the first prompt, then of the second."""
-    scales = scale.tolist() if isinstance(scale, Tensor) else scale
+    scales = scale.tolist() if isinstance(scale, Tensor | np.ndarray | np.generic) else scale
     if isinstance(scales, int | float):
         return scales
     if len(scales) == prompts * copies:

@@ -90,6 +90,7 @@ def faults(pipe: Any) -> list[Fix]:
                 "it builds a mask of tokens × tokens in every layer, which keeps the fast attention kernels away.",
                 cure="Each sample has its own image decided and attends, unmasked, to its own valid tokens alone; "
                 "image embeddings are repeated for the videos of a prompt.",
+                part=transformer,
                 apply=partial(_repair_transformer, transformer),
             )
         )
@@ -101,6 +102,7 @@ def faults(pipe: Any) -> list[Fix]:
                 fault="The VAE raises on encoding or decoding more than one video at a time, and builds a mask of "
                 "tokens × tokens row by row in Python.",
                 cure="The VAE's attention goes frame by frame over the frames so far, for any batch and with no mask.",
+                part=vae,
                 apply=partial(_repair_vae, vae),
             )
         )
@@ -114,6 +116,7 @@ def faults(pipe: Any) -> list[Fix]:
                     fault="With several prompts and num_videos_per_prompt above 1, videos get the text mask of another "
                     "prompt; one negative prompt for several prompts raises.",
                     cure="Masks are repeated in the order of the embeddings, and one negative prompt serves them all.",
+                    part=pipe,
                     apply=partial(_repair_pipeline, pipe, pipeline, repaired),
                 )
             )

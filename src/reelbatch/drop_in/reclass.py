@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from functools import partial
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -23,28 +26,39 @@ def stands_in(new_class: Class) -> Class:
 
 
 def reclass(instance: Any, new_class: type) -> Undo:
-    """Make `instance` one of `new_class`, a subclass of its class; returns what makes it one of its old class again.
+    """`reclass_all` for one instance."""
+    return reclass_all([(instance, new_class)])
+
+
+def reclass_all(changes: Iterable[tuple[Any, type]]) -> Undo:
+    """Make each instance one of its new class, a subclass of its class; returns what gives them their old classes back.
 
     Hooks keep the `forward` that they found, bound to its class, and call it past the new class. So every kept one is
     exchanged: accelerate's `_old_forward`, the functions of Diffusers' hook registry, and the plain bound `forward`
     that a removed hook leaves behind. The undo looks for them anew, so hooks may come and go in between.
 
     Raises:
-        CannotRepair: for an instance of another class than the one that `new_class` is derived from, and where
-            something unknown wraps its `forward`. Nothing has been changed then.
+        CannotRepair: for an instance of another class than the one that its new class is derived from, and where
+            something unknown wraps its `forward`. Nothing has been changed then; the undo raises likewise.
     """
-    old_class = type(instance)
-    if old_class not in new_class.__bases__:
-        expected = " or ".join(base.__name__ for base in new_class.__bases__ if base is not object)
-        raise CannotRepair(f"found a {old_class.__module__}.{old_class.__qualname__} where {expected} was expected")
-    _switch(instance, new_class)
+    switches = [(instance, type(instance), new_class) for instance, new_class in changes]
+    for _, old_class, new_class in switches:
+        if old_class not in new_class.__bases__:
+            expected = " or ".join(base.__name__ for base in new_class.__bases__ if base is not object)
+            raise CannotRepair(f"found a {old_class.__module__}.{old_class.__qualname__} where {expected} was expected")
+    _switch_all(switches)
+    return partial(_switch_all, [(instance, new, old) for instance, old, new in reversed(switches)])
 
-    def undo() -> None:
-        if type(instance) is not new_class:
-            raise CannotRepair(f"{old_class.__name__} was changed again after its repair: undo that first")
-        _switch(instance, old_class)
 
-    return undo
+def _switch_all(switches: Sequence[tuple[Any, type, type]]) -> None:
+    """From the one class to the other, all or none."""
+    with ExitStack() as on_refusal:
+        for instance, old_class, new_class in switches:
+            if type(instance) is not old_class:
+                raise CannotRepair(f"{old_class.__name__} was changed again after its repair: undo that first")
+            _switch(instance, new_class)
+            on_refusal.callback(_switch, instance, old_class)
+        on_refusal.pop_all()
 
 
 def _switch(instance: Any, new_class: Any) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from typing import Any, Literal, NamedTuple
+from weakref import WeakSet
 
 from diffusers import HunyuanVideo15ImageToVideoPipeline, HunyuanVideo15Pipeline, HunyuanVideoPipeline
-from torch import nn
 
 from reelbatch.drop_in import hunyuan_video, hunyuan_video15
-from reelbatch.drop_in.fix import CannotRepair, Fix
+from reelbatch.drop_in.fix import CannotRepair, Undo
+from reelbatch.drop_in.step_cache import refuse_step_cache
 
 WRITTEN_FOR = "0.42.1"
 REPAIRS = {
@@ -17,7 +18,22 @@ REPAIRS = {
     HunyuanVideo15Pipeline: hunyuan_video15.faults,
     HunyuanVideo15ImageToVideoPipeline: hunyuan_video15.faults,
 }
-_UNDO = "_reelbatch_undo"
+_HELD = "_reelbatch_repair"
+
+
+class _Held:
+    """What undoes the repair of a part, and the repaired pipelines that were seen with that part."""
+
+    def __init__(self, undo: Undo) -> None:
+        self.undo = undo
+        self.pipelines: WeakSet[Any] = WeakSet()
+
+    def __deepcopy__(self, memo: object) -> _Held:
+        return _Held(_refuse_copy)
+
+
+def _refuse_copy() -> None:
+    raise CannotRepair("this is a copy of what was repaired: call restore first and copy then. Nothing was changed.")
 
 
 class Repaired(NamedTuple):
@@ -34,7 +50,7 @@ def repair(pipe: Any, isolation: Literal["exact", "packed"] = "exact") -> list[R
     """Makes every video of a batch the one that the pipeline would have made alone, in place.
 
     The parameters stay the very same tensors; hooks (offload), LoRA adapters and quantized layers stay on. The pipeline
-    is used as before.
+    is used as before. Pipelines that share a model share its repair: it lasts until the last of them is restored.
 
         pipe = HunyuanVideoPipeline.from_pretrained(...)
         reelbatch.repair(pipe)
@@ -42,8 +58,9 @@ def repair(pipe: Any, isolation: Literal["exact", "packed"] = "exact") -> list[R
 
     Args:
         pipe: a `HunyuanVideoPipeline`, `HunyuanVideo15Pipeline` or `HunyuanVideo15ImageToVideoPipeline`.
-        isolation: of the first HunyuanVideo's transformer. "exact": each video's forward has the shapes it has alone,
-            so it is the same bit for bit; "packed": fewer and larger calls, the same to rounding.
+        isolation: of the first HunyuanVideo's pipeline. "exact": everything is computed in the shapes that a video
+            has alone, so it is the same bit for bit; "packed": fewer and larger calls, the same to rounding. Repairing
+            again sets it anew.
 
     Returns:
         What was done; empty if the pipeline was repaired already.
@@ -61,53 +78,43 @@ def repair(pipe: Any, isolation: Literal["exact", "packed"] = "exact") -> list[R
             f"{type(pipe).__module__}.{type(pipe).__name__} is not a pipeline that the repair knows; it knows {known} "
             f"of Diffusers {WRITTEN_FOR}. Nothing was changed."
         )
-    _refuse_step_cache(pipe.transformer)
-    return _apply(pipe, find(pipe), isolation)
-
-
-def restore(pipe: Any) -> None:
-    """Undoes `repair`, exactly; a pipeline that was not repaired stays as it is."""
-    for undo in reversed(vars(pipe).pop(_UNDO, [])):
-        undo.close()
-
-
-def _apply(pipe: Any, fixes: list[Fix], isolation: str) -> list[Repaired]:
-    with ExitStack() as done:
+    refuse_step_cache(pipe.transformer)
+    fixes = find(pipe)
+    with ExitStack() as on_refusal:
+        undos = []
         for fix in fixes:
-            done.callback(fix.apply())
-        transformer = getattr(pipe.transformer, "_orig_mod", pipe.transformer)
-        if isinstance(transformer, hunyuan_video.Transformer):
-            before = vars(transformer).get("isolation")
-            vars(transformer)["isolation"] = isolation
-            done.callback(_put_back, transformer, "isolation", before)
-        vars(pipe).setdefault(_UNDO, []).append(done.pop_all())
+            undos.append(fix.apply())
+            on_refusal.callback(undos[-1])
+        on_refusal.pop_all()
+    for fix, undo in zip(fixes, undos, strict=True):
+        vars(fix.part)[_HELD] = _Held(undo)
+    for part in _parts(pipe):
+        if _HELD in vars(part):
+            vars(part)[_HELD].pipelines.add(pipe)
+    if isinstance(pipe, hunyuan_video.BatchedPipeline):
+        pipe.isolation = isolation
     return [Repaired(fix.fault, fix.cure) for fix in fixes]
 
 
-def _put_back(owner: Any, name: str, before: Any) -> None:
-    vars(owner).pop(name, None)
-    if before is not None:
-        vars(owner)[name] = before
+def restore(pipe: Any) -> None:
+    """Undoes `repair`, exactly; a pipeline that was not repaired stays as it is.
+
+    A model that another repaired pipeline has too stays repaired until that one is restored.
+
+    Raises:
+        CannotRepair: if the class of a module was changed again after the repair.
+    """
+    for part in _parts(pipe):
+        held = vars(part).get(_HELD)
+        if held is None:
+            continue
+        held.pipelines.discard(pipe)
+        if not any(part is used for other in held.pipelines for used in _parts(other)):
+            held.undo()
+            del vars(part)[_HELD]
 
 
-def _refuse_step_cache(transformer: nn.Module | None) -> None:
-    if transformer is None:
-        return
-    turn_off = "pipe.transformer.disable_cache()" if getattr(transformer, "is_cache_enabled", False) else None
-    for name, module in transformer.named_modules():
-        registry = getattr(module, "_diffusers_hook", None)
-        for key, hook in registry.hooks.items() if registry is not None else ():
-            if turn_off is None and _is_step_cache(hook):
-                turn_off = (
-                    f"pipe.transformer.get_submodule({name!r})._diffusers_hook.remove_hook({key!r}), and its like"
-                )
-    if turn_off is not None:
-        raise CannotRepair(
-            "a step cache is enabled on the transformer. It decides once for the whole batch whether a step is "
-            f"skipped, so a video would depend on its batch-mates. Turn it off first: {turn_off}. Nothing was changed."
-        )
-
-
-def _is_step_cache(hook: object) -> bool:
-    module = type(hook).__module__
-    return module.startswith("diffusers.hooks.") and any(part in module for part in ("cache", "broadcast"))
+def _parts(pipe: Any) -> list[Any]:
+    """What a repair may change: the pipeline, its transformer and its VAE."""
+    models = (getattr(pipe, name, None) for name in ("transformer", "vae"))
+    return [pipe, *(getattr(model, "_orig_mod", model) for model in models if model is not None)]

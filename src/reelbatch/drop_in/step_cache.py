@@ -25,8 +25,9 @@ def refuse_step_cache(transformer: nn.Module | None) -> None:
         registry = "diffusers.hooks.HookRegistry.check_if_exists_or_initialize(pipe.transformer)"
         turn_off = f"for hook in {hooks}: {registry}.remove_hook(hook)"
     raise CannotRepair(
-        "a step cache is on the transformer. It decides once for the whole batch whether a step is skipped, so a video "
-        f"would depend on its batch-mates. Nothing was changed. Turn it off first: {turn_off}"
+        "a step cache is on the transformer. It decides once for the whole batch what is computed. One that looks at "
+        "the data (first-block cache and its kin) makes a video depend on its batch-mates, and those that count steps "
+        f"work on Diffusers' own blocks. Nothing was changed. Turn it off first: {turn_off}"
     )
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -92,26 +92,10 @@ class Layout:
     video: Lengths
     text: Lengths
     rope: tuple[Complex[Tensor, "video 1 half_head_dim"], ...]
-    first_frame: Lengths | None = None
-    """Rows of each first frame, in networks that modulate it apart from the rest."""
-
-    @cached_property
-    def joint(self) -> Lengths:
-        return tuple(v + t for v, t in zip(self.video, self.text, strict=True))
-
-    @cached_property
-    def video_parts(self) -> Lengths:
-        """Video rows that share a modulation, one after the other."""
-        return self._parts(self.video)
-
-    @cached_property
-    def joint_parts(self) -> Lengths:
-        return self._parts(self.joint)
-
-    def _parts(self, lengths: Lengths) -> Lengths:
-        if self.first_frame is None:
-            return lengths
-        return tuple(part for first, n in zip(self.first_frame, lengths, strict=True) for part in (first, n - first))
+    joint: Lengths
+    video_parts: Lengths
+    """Video rows that share a modulation, one after the other: of a branch, or of its first frame and of its rest."""
+    joint_parts: Lengths
 
 
 @dataclass(frozen=True)
@@ -133,7 +117,7 @@ class TwoStreams:
     text: Float[Tensor, "text_tokens dim"]
     condition: Float[Tensor, "branches dim"]
     part_condition: Float[Tensor, "parts dim"]
-    """Of the rows that share a modulation (`Layout.video_parts`); `condition` itself, where a branch has one for all."""
+    """Of the rows that share a modulation (`Layout.video_parts`); `condition` itself where a branch has but one."""
     layout: Layout
     attend: Attending = Attending()
 
@@ -235,12 +219,17 @@ def make_layout(
     first_frame_apart: bool = False,
 ) -> Layout:
     """The layout of a pack of these shapes; made once, it serves every layer of every step."""
-    return Layout(
-        video=tuple(shape.video for shape in shapes),
-        text=tuple(shape.text for shape in shapes),
-        rope=tuple(rotary_table(shape[:3], axes_dim, theta, device) for shape in shapes),
-        first_frame=tuple(shape.height * shape.width for shape in shapes) if first_frame_apart else None,
-    )
+
+    def parts(lengths: Lengths) -> Lengths:
+        if not first_frame_apart:
+            return lengths
+        firsts = [shape.height * shape.width for shape in shapes]
+        return tuple(part for first, n in zip(firsts, lengths, strict=True) for part in (first, n - first))
+
+    video, text = tuple(shape.video for shape in shapes), tuple(shape.text for shape in shapes)
+    joint = tuple(v + t for v, t in zip(video, text, strict=True))
+    rope = tuple(rotary_table(shape[:3], axes_dim, theta, device) for shape in shapes)
+    return Layout(video, text, rope, joint, parts(video), parts(joint))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -626,8 +615,9 @@ class HunyuanVideoTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
     def enable_cache(self, config: Any) -> None:
         """Refused: Diffusers' step caches decide once for the whole batch."""
         raise NotImplementedError(
-            f"{type(config).__name__}: a step cache decides once for the whole batch whether a step is skipped, so a "
-            "video would depend on its batch-mates. Run without it (reelbatch.restore(pipe) gives back Diffusers' own "
+            f"{type(config).__name__}: a step cache decides once for the whole batch what is computed. One that looks "
+            "at the data would make a video depend on its batch-mates, and those that count steps work on Diffusers' "
+            "own blocks. Run without it (reelbatch.restore(pipe) gives back Diffusers' own "
             "transformer, which has it)."
         )
 

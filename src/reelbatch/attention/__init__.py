@@ -20,6 +20,7 @@ from reelbatch.attention.backends import (
     Mask,
     Setting,
     attend,
+    attend_one,
     check_backend,
     choose,
     kind_of,
@@ -93,17 +94,18 @@ def attention(
 
     Raises:
         MaskShapeError: if the mask fits no form, or more than one; it names the cure.
+        ValueError: if query, key and value do not go together, or the mask holds NaN or +inf.
     """
+    if key.shape[:2] != query.shape[:2] or key.shape[3] != query.shape[3] or value.shape[:3] != key.shape[:3]:
+        raise ValueError(
+            f"query {list(query.shape)}, key {list(key.shape)} and value {list(value.shape)} do not go together: they "
+            "are [B, H, Q, D], [B, H, K, D] and [B, H, K, Dv]."
+        )
     batch, heads, queries, _ = query.shape
     sizes = Sizes(batch, heads, queries, key.shape[2])
     masks: Sequence[Mask] = (None,) * batch if mask is None else per_sample(mask, sizes, axes)
-    device, dtype = query.device.type, query.dtype
-    training = query.requires_grad and torch.is_grad_enabled()
-    outputs = []
-    for sample, ready in enumerate(masks):
-        chosen = choose(Setting(device, dtype, kind_of(ready), 1, training), backend).backend
-        outputs.append(chosen.attend(query[sample, None], key[sample, None], value[sample, None], ready))
-    return torch.cat(outputs)
+    samples = zip(query.split(1), key.split(1), value.split(1), masks, strict=True)
+    return torch.cat([attend_one(q, k, v, ready, backend) for q, k, v, ready in samples])
 
 
 def ragged_attention(

@@ -76,7 +76,7 @@ class AttentionBackendError(ValueError):
 
 
 def _sdpa(kernel: SDPBackend | None) -> Callable[[Heads, Heads, Heads, Mask], Heads]:
-    def unmasked(query: Tensor, key: Tensor, value: Tensor, scores: Tensor | None = None) -> Tensor:
+    def kernel_call(query: Tensor, key: Tensor, value: Tensor, scores: Tensor | None = None) -> Tensor:
         if kernel is None:
             return scaled_dot_product_attention(query, key, value, attn_mask=scores)
         with sdpa_kernel(kernel):
@@ -84,28 +84,29 @@ def _sdpa(kernel: SDPBackend | None) -> Callable[[Heads, Heads, Heads, Mask], He
 
     def attend(query: Heads, key: Heads, value: Heads, mask: Mask) -> Heads:
         if mask is None:
-            return unmasked(query, key, value)
+            return kernel_call(query, key, value)
         if isinstance(mask, RuleMask):
-            return _by_calls(unmasked, query, key, value, mask)
+            return _by_calls(kernel_call, query, key, value, mask)
         if mask.keys is not None:
-            if not len(mask.keys):
-                return torch.zeros_like(query)
-            return unmasked(query, key.index_select(2, mask.keys), value.index_select(2, mask.keys))
+            return kernel_call(query, key.index_select(2, mask.keys), value.index_select(2, mask.keys))
         # [heads or 1, queries or 1, keys]; some kernels want the queries written out
-        scores = mask.scores if mask.scores.dtype == torch.bool else mask.scores.to(query.dtype)
-        out = unmasked(query, key, value, scores.expand(-1, query.shape[2], -1)[None])
+        scores = mask.scores_in(query.dtype).expand(-1, query.shape[2], -1)[None]
+        out = kernel_call(query, key, value, scores)
         return out if mask.empty is None else out.masked_fill(mask.empty, 0.0)
 
     return attend
 
 
-def _by_calls(unmasked: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, mask: RuleMask) -> Tensor:
+def _by_calls(kernel_call: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, mask: RuleMask) -> Tensor:
     """Every call of the rules' plan, each over the keys that its queries may see."""
     out = torch.empty_like(query)
-    for heads, queries, keys, allowed in mask.calls:
-        rows = (heads[:, None], torch.arange(len(mask), device=query.device) if keys is None else keys)
-        part = query[0, heads, queries][None]
-        out[0, heads, queries] = unmasked(part, key[0][rows][None], value[0][rows][None], allowed)[0]
+    for call in mask.calls:
+        queries, keys = (
+            (call.heads,) if span.blocks is None else (call.heads[:, None], mask.places(span))
+            for span in (call.queries, call.keys)
+        )
+        q, k, v = query[0][queries][None], key[0][keys][None], value[0][keys][None]
+        out[0][queries] = kernel_call(q, k, v, mask.allowed(call))[0]
     return out
 
 
@@ -172,15 +173,20 @@ def _has_varlen() -> bool:
 # --------------------------------------------------------------------------------------------------
 # FlexAttention
 
+FLEX_SHAPES = 128
+"""Pairs of rules and shape that one process compiles at most."""
+
 
 @cache
 def _compiled_flex() -> Callable[..., Any]:
-    return torch.compile(flex_attention, dynamic=False)
+    # fullgraph: past the limit of shapes it raises; it would otherwise run uncompiled, with scores of tokens × tokens
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
 def _flex(query: Heads, key: Heads, value: Heads, mask: Mask) -> Heads:
     block_mask = mask.block_mask if isinstance(mask, RuleMask) else None
-    return _compiled_flex()(query, key, value, block_mask=block_mask)
+    with torch._dynamo.config.patch(recompile_limit=FLEX_SHAPES):
+        return _compiled_flex()(query, key, value, block_mask=block_mask)
 
 
 def _flex_refuses(setting: Setting) -> str | None:
@@ -257,23 +263,29 @@ def check_backend(named: str) -> None:
         raise AttentionBackendError(f"No attention backend {named!r}; there are {', '.join(BACKENDS)}, and 'auto'.")
 
 
+def attend_one(query: Heads, key: Heads, value: Heads, mask: Mask, backend: str) -> Heads:
+    """One sample's attention."""
+    return choose(_setting(query, key, value, kind_of(mask), 1), backend).backend.attend(query, key, value, mask)
+
+
 def attend(
     query: Rows, key: Rows, value: Rows, lengths: Lengths, masks: Sequence[Mask] | None, backend: str
 ) -> Float[Tensor, "tokens heads*head_dim"]:
     """Attention of each sample over its own rows; `masks` has one a sample, or is None if nobody has one."""
-    training = query.requires_grad and torch.is_grad_enabled()
-    device, dtype = query.device.type, query.dtype
     if masks is None or all(mask is None for mask in masks):
-        setting = Setting(device, dtype, "none", len(lengths), training)
-        chosen = choose(setting, backend).backend
+        chosen = choose(_setting(query, key, value, "none", len(lengths)), backend).backend
         if chosen.attend_all is not None:
             return chosen.attend_all(query, key, value, lengths).flatten(1)
         masks = (None,) * len(lengths)
     out = []
     samples = zip(*(ragged.split(rows, lengths) for rows in (query, key, value)), strict=True)
     for parts, mask in zip(samples, masks, strict=True):
-        chosen = choose(Setting(device, dtype, kind_of(mask), 1, training), backend).backend
         # [n, heads, dim] -> [1, heads, n, dim], the layout that PyTorch's kernels take, by strides alone
         q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in parts)
-        out.append(chosen.attend(q, k, v, mask).squeeze(0).transpose(0, 1).flatten(1))
+        out.append(attend_one(q, k, v, mask, backend).squeeze(0).transpose(0, 1).flatten(1))
     return ragged.join(out)
+
+
+def _setting(query: Tensor, key: Tensor, value: Tensor, kind: Kind, samples: int) -> Setting:
+    training = torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, value))
+    return Setting(query.device.type, query.dtype, kind, samples, training)

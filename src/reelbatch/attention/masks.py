@@ -18,8 +18,7 @@ axes are named: `axes="BQK"`, or the `unsqueeze` that the error gives. A query t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -64,14 +63,21 @@ def canonical(mask: Tensor, sizes: Sizes, axes: str | None = None) -> Shaped[Ten
         )
     if axes is not None and axes not in FORMS:
         raise ValueError(f"axes={axes!r}; it must be one of {', '.join(FORMS)}.")
-    readings: dict[tuple[int, ...], tuple[str, Tensor]] = {}
-    for form in FORMS if axes is None else (axes,):
+    readings = _readings(mask, sizes, FORMS if axes is None else (axes,))
+    if len(readings) == 1:
+        return next(iter(readings.values()))
+    raise MaskShapeError(_message(mask, sizes, axes, readings))
+
+
+def _readings(mask: Tensor, sizes: Sizes, forms: Iterable[str] = FORMS) -> dict[str, Tensor]:
+    """The forms that a mask fits, each with its view; of forms that come to the same view, the first."""
+    readings: dict[str, Tensor] = {}
+    for form in forms:
         if _fits(mask, form, sizes):
             view = _four_axes(mask, form)
-            readings.setdefault(tuple(view.shape), (form, view))
-    if len(readings) == 1:
-        return next(view for _, view in readings.values())
-    raise MaskShapeError(_message(mask, sizes, axes, [form for form, _ in readings.values()]))
+            if all(view.shape != other.shape for other in readings.values()):
+                readings[form] = view
+    return readings
 
 
 def _fits(mask: Tensor, form: str, sizes: Sizes) -> bool:
@@ -87,24 +93,23 @@ def _four_axes(mask: Tensor, form: str) -> Tensor:
     return mask
 
 
-def _message(mask: Tensor, sizes: Sizes, axes: str | None, readings: list[str]) -> str:
-    shape = list(mask.shape)
-    attention = (
-        f"the attention has {sizes.batch} samples, {sizes.heads} heads, {sizes.queries} queries and {sizes.keys} keys"
-    )
+def _message(mask: Tensor, sizes: Sizes, axes: str | None, readings: Iterable[str]) -> str:
+    shape, (batch, heads, queries, keys) = list(mask.shape), sizes
     if readings:
         ways = " or ".join(f"{form} (mask{_unsqueezes(form)}, or axes={form!r})" for form in readings)
-        return f"A mask of shape {shape} can be read in two ways, for {attention}: as {ways}. Say which one is meant."
-    named = f" as {axes}" if axes else ""
+        return (
+            f"A mask of shape {shape} can be read in two ways, for query [{batch}, {heads}, {queries}, D] and key "
+            f"[{batch}, {heads}, {keys}, D]: as {ways}. Say which one is meant."
+        )
     lines = [
-        f"A mask of shape {shape} does not fit{named}: {attention} "
-        f"(query [{sizes.batch}, {sizes.heads}, {sizes.queries}, D], "
-        f"key [{sizes.batch}, {sizes.heads}, {sizes.keys}, D]). Accepted, where each axis but the last may also be 1:",
+        f"A mask of shape {shape} does not fit{f' as {axes}' if axes else ''}: the attention has {batch} samples, "
+        f"{heads} heads, {queries} queries and {keys} keys (query [{batch}, {heads}, {queries}, D], key [{batch}, "
+        f"{heads}, {keys}, D]). Accepted, where each axis but the last may also be 1:",
         *(f"    {form:<5} {list(sizes.of(form))}" for form in FORMS),
     ]
     cures = list(_cures(mask, sizes))
     if cures:
-        lines.append("This would fit: " + " or ".join(cures))
+        lines.append("This would fit: " + ", or ".join(cures))
     return "\n".join(lines)
 
 
@@ -114,14 +119,15 @@ def _unsqueezes(form: str) -> str:
 
 
 def _cures(mask: Tensor, sizes: Sizes) -> Iterator[str]:
-    """Calls of one `unsqueeze` that make the mask fit, each with the form that it then has."""
-    seen = set()
+    """What makes the mask fit: other axes than those that were named, or one `unsqueeze`."""
+    if named := _readings(mask, sizes):
+        yield from (f"axes={form!r}" for form in named)
+        return
     for position in range(mask.ndim + 1):
-        with suppress(MaskShapeError):
-            view = canonical(mask.unsqueeze(position), sizes)
-            if tuple(view.shape) not in seen:
-                seen.add(tuple(view.shape))
-                yield f"mask.unsqueeze({position}), read as {list(view.shape)}"
+        readings = _readings(mask.unsqueeze(position), sizes)
+        for form, view in readings.items():
+            named_too = f" with axes={form!r}" if len(readings) > 1 else ""
+            yield f"mask.unsqueeze({position}){named_too}, read as [B, H, Q, K] = {list(view.shape)}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,21 +145,38 @@ class DenseMask:
     keys: Int[Tensor, " kept"] | None = None
     empty: Bool[Tensor, "#heads #queries 1"] | None = None
 
+    def scores_in(self, dtype: torch.dtype) -> Shaped[Tensor, "#heads #queries keys"]:
+        """Boolean scores as they are, others in a dtype, where finite ones stay finite."""
+        if self.scores.dtype in (torch.bool, dtype):
+            return self.scores
+
+        def cast() -> Tensor:
+            limit = torch.finfo(dtype).max / 2
+            return self.scores.clamp(-limit, limit).to(dtype).masked_fill(self.scores.isneginf(), float("-inf"))
+
+        return once(self.scores, dtype, cast)
+
 
 def prepare(mask: Shaped[Tensor, "#heads #queries keys"]) -> DenseMask | None:
-    """One sample's mask made ready; None if it masks nothing."""
+    """One sample's mask made ready; None if it masks nothing.
+
+    Raises:
+        ValueError: if an additive mask holds NaN or +inf.
+    """
+    allowed = mask
+    if mask.is_floating_point():
+        if mask.isnan().any() or mask.isposinf().any():
+            raise ValueError(
+                "The mask holds NaN or +inf. Additive masks hold finite numbers, and -inf for what is masked."
+            )
+        allowed = mask != float("-inf")
+        if not mask.requires_grad and not mask.masked_fill(~allowed, 0.0).any():
+            mask = allowed  # nothing but 0 and -inf
     if mask.dtype == torch.bool:
         if mask.all():
             return None
-        if mask.shape[:2] == (1, 1):
+        if mask.shape[:2] == (1, 1) and mask.any():
             return DenseMask(mask, keys=mask.flatten().nonzero().flatten())
-        allowed = mask
-    else:
-        if mask.isnan().any():
-            raise ValueError("The mask holds NaN. Additive masks hold finite numbers, and -inf for what is masked.")
-        if not mask.any():
-            return None
-        allowed = mask != float("-inf")
     empty = ~allowed.any(-1, keepdim=True)
     if not empty.any():
         return DenseMask(mask)
@@ -164,13 +187,16 @@ def per_sample(mask: Tensor, sizes: Sizes, axes: str | None = None) -> tuple[Den
     """A batch's mask, checked and made ready for each sample; found out once a tensor (see `once`)."""
 
     def find() -> tuple[DenseMask | None, ...]:
-        view = canonical(mask, sizes, axes)
+        # detached, as a view would keep the mask alive and `once` would never forget it
+        view = canonical(mask if mask.requires_grad else mask.detach(), sizes, axes)
         ready = [prepare(sample) for sample in view]
         return tuple(ready * sizes.batch if len(ready) == 1 else ready)
 
     return once(mask, (sizes, axes), find)
 
 
+KEPT = 8
+"""Findings that are kept of one tensor."""
 _FOUND: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
@@ -179,12 +205,15 @@ def once(tensor: Tensor, key: Any, find: Callable[[], Any]) -> Any:
 
     Looking into a mask waits for its device, so it is done once, not in every layer of every step.
     """
-    if tensor.is_inference():  # counts no versions, so a change would go unseen
+    if tensor.is_inference() or tensor.requires_grad:  # the one counts no versions, the other's graph is used once
         return find()
     version, kept = _FOUND.get(tensor, (None, {}))
     if version != tensor._version:
         kept = {}
         _FOUND[tensor] = (tensor._version, kept)
     if key not in kept:
-        kept[key] = find()
+        if len(kept) == KEPT:
+            kept.clear()
+        with torch.inference_mode(False):  # what is kept may serve training next
+            kept[key] = find()
     return kept[key]

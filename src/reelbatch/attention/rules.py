@@ -9,7 +9,7 @@ blocks that are masked altogether are not computed.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
@@ -21,6 +21,8 @@ from torch.nn.attention.flex_attention import BlockMask
 
 BLOCK = 128
 """Tokens on a side of a block; FlexAttention's own default."""
+MERGED = 8
+"""Blocks of queries in one call at most, where its mask has to be made; it has so many blocks times all keys."""
 
 
 class Tokens(NamedTuple):
@@ -75,7 +77,8 @@ class SlidingTile:
         near = _touches_text(query, key)
         within = torch.ones_like(near)
         for q, k, size in zip(query[:3], key[:3], (self.frames, self.rows, self.columns), strict=True):
-            within = within & ((q // size - k // size).abs() <= self.reach)
+            tile, other = q // size, k // size
+            within = within & (other >= tile - self.reach) & (other <= tile + self.reach)
         return within | near
 
 
@@ -160,14 +163,23 @@ def rule_named(name: str, heads: int) -> HeadRules:
 # Compiled to blocks
 
 
+class Span(NamedTuple):
+    """Tokens of some blocks."""
+
+    blocks: Int[Tensor, " blocks"] | None
+    """None is all blocks."""
+    tokens: int
+    """How many: the last block may be short."""
+
+
 class Call(NamedTuple):
     """One dense attention of some heads' queries over the keys that they may see at all."""
 
     heads: Int[Tensor, " heads"]
-    queries: slice
-    keys: Int[Tensor, " keys"] | None
-    """None is all of them."""
-    mask: Bool[Tensor, "queries keys"] | None
+    queries: Span
+    keys: Span
+    rule: Rule | None
+    """Set where it has to be asked pair by pair; None is that all of these pairs may attend."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,33 +207,45 @@ class RuleMask:
         return 1 - self.some[list(self.of_head)].float().mean().item()
 
     @cached_property
+    @torch.inference_mode(False)
     def calls(self) -> tuple[Call, ...]:
-        """The attention as dense calls: neighbouring query blocks that see the same key blocks make one."""
+        """The attention as dense calls: query blocks that see the same key blocks make one."""
         return tuple(call for rule in range(len(self.rules)) for call in self._calls(rule))
 
-    def _calls(self, rule: int) -> list[Call]:
-        device = self.some.device
-        heads = torch.tensor([head for head, of in enumerate(self.of_head) if of == rule], device=device)
-        if self.rules[rule] is None:
-            return [Call(heads, slice(0, len(self)), None, None)]
-        rows = self.some[rule].cpu()
-        calls, first = [], 0
-        for block in range(1, len(rows) + 1):
-            if block < len(rows) and torch.equal(rows[block], rows[first]):
-                continue
-            queries = slice(first * BLOCK, min(block * BLOCK, len(self)))
-            blocks = rows[first].nonzero().flatten().to(device)
-            keys = (blocks[:, None] * BLOCK + torch.arange(BLOCK, device=device)).flatten()
-            keys = keys[keys < len(self)]
-            full = bool(self.every[rule, first:block][:, blocks].all())
-            calls.append(Call(heads, queries, keys, None if full else self._allowed(rule, queries, keys)))
-            first = block
-        return calls
+    def _calls(self, rule: int) -> Iterator[Call]:
+        heads = torch.tensor([head for head, of in enumerate(self.of_head) if of == rule], device=self.some.device)
+        some, every = self.some[rule].cpu(), self.every[rule].cpu()
+        asked = (some & ~every).any(-1).tolist()
+        alike: dict[tuple[bool, tuple[bool, ...]], list[int]] = {}
+        for block, seen in enumerate(some.tolist()):
+            alike.setdefault((asked[block], tuple(seen)), []).append(block)
+        for (ask, seen), blocks in alike.items():
+            keys = self._span([block for block, sees in enumerate(seen) if sees])
+            step = MERGED if ask else len(blocks)
+            for first in range(0, len(blocks), step):
+                yield Call(heads, self._span(blocks[first : first + step]), keys, self.rules[rule] if ask else None)
 
-    def _allowed(self, rule: int, queries: slice, keys: Tensor) -> Tensor:
-        return _evaluate(self.rules[rule], self.tokens, torch.arange(len(self), device=keys.device)[queries], keys)
+    def _span(self, blocks: list[int]) -> Span:
+        if len(blocks) == self.some.shape[-1]:
+            return Span(None, len(self))
+        beyond = (blocks[-1] + 1) * BLOCK - len(self)
+        return Span(torch.tensor(blocks, device=self.some.device), len(blocks) * BLOCK - max(beyond, 0))
+
+    def places(self, span: Span) -> Int[Tensor, " tokens"]:
+        """Of a span's tokens; made when needed, as those of all calls together grow with the tokens' square."""
+        if span.blocks is None:
+            return torch.arange(span.tokens, device=self.some.device)
+        places = torch.arange(BLOCK, device=self.some.device)
+        return (span.blocks[:, None] * BLOCK + places).flatten()[: span.tokens]
+
+    def allowed(self, call: Call) -> Bool[Tensor, "queries keys"] | None:
+        """The mask of a call, made when needed too; None if all of its pairs may attend."""
+        if call.rule is None:
+            return None
+        return _evaluate(call.rule, self.tokens, self.places(call.queries), self.places(call.keys))
 
     @cached_property
+    @torch.inference_mode(False)
     def block_mask(self) -> BlockMask:
         """For FlexAttention."""
         of_head = torch.tensor(self.of_head, device=self.some.device)
@@ -234,7 +258,8 @@ class RuleMask:
                 may = may | ((chosen == place) & (rule(q, k) if rule is not None else query >= 0))
             return may
 
-        some, every = self.some[of_head][None], self.every[of_head][None]
+        heads = of_head if len(rules) > 1 else of_head[:1]  # one table serves all heads that have one rule
+        some, every = self.some[heads][None], self.every[heads][None]
         if len(self) % BLOCK:  # a block that reaches beyond the last token is never full
             every[..., -1, :] = every[..., -1] = False
         return BlockMask.from_kv_blocks(
@@ -264,13 +289,15 @@ def coordinates(grid: tuple[int, int, int], text: int, device: torch.device) -> 
     return Tokens(frame, row, column, frame < 0)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)  # what is kept may serve training next
 def compile_rules(
     rules: HeadRules, heads: int, grid: tuple[int, int, int], text: int, device: torch.device
 ) -> RuleMask | None:
     """Rules made ready for a shape: once, for all layers and steps. None if they mask nothing.
 
-    Row after row of blocks is looked at, so the memory that it takes grows with the tokens, not with their square.
+    Row after row of blocks is looked at, so no tensor has a value for every pair of tokens; the tables have one for
+    every pair of blocks (1.7 MB a rule for 118,000 tokens).
 
     Args:
         grid: patches along frame, row and column. text: text tokens after them.

@@ -11,7 +11,7 @@ import torch
 from reelbatch import VideoRequest
 from reelbatch.engine import engine as engine_room
 from reelbatch.engine.engine import Engine, FailedRequests
-from reelbatch.engine.memory import step_peak_bytes
+from reelbatch.engine.memory import decode_peak_bytes, step_peak_bytes
 from reelbatch.engine.offload import counting_fetches, offload
 from reelbatch.engine.recovery import OutOfMemory
 from reelbatch.models.checkpoint import load
@@ -82,11 +82,13 @@ def test_what_does_not_fit_alone_fails_alone_and_says_what_it_needs(tiny_folder:
 @pytest.mark.usefixtures("holds")
 def test_the_vae_decodes_in_tiles_what_would_overrun_the_limit(tiny_folder: Path) -> None:
     components = load(tiny_folder, "cpu", torch.float32)
-    (video,) = Engine(components, max_memory=HELD + 200 * 2**20).generate(
-        [VideoRequest(prompt="a cat", height=512, width=512, frames=1, steps=1)]
-    )
+    request = VideoRequest(prompt="a cat", height=512, width=512, frames=1, steps=1)
+    shape = Engine(components)._latent_shape(request)
+    whole = decode_peak_bytes(components.decoder.vae.config, shape, torch.float32)
+    (video,) = Engine(components, max_memory=HELD + whole - 1).generate([request])
     assert video.provenance["vae_tiles"] is True
-    assert components.decoder.tile_above_bytes != 200 * 2**20  # the engine's own, not the model's
+    (video,) = Engine(components, max_memory=HELD + whole).generate([request])
+    assert video.provenance["vae_tiles"] is False
 
 
 @pytest.mark.parametrize("isolation", ["exact", "packed"])

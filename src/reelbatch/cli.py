@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import signal
@@ -21,13 +22,17 @@ import reelbatch
 
 if TYPE_CHECKING:
     from reelbatch.engine.engine import Engine
+    from reelbatch.engine.planner import Isolation
     from reelbatch.jobs.run import Outcome
     from reelbatch.models.checkpoint import ModelInfo
     from reelbatch.request import VideoRequest
+    from reelbatch.tune.plan import Answer
+    from reelbatch.tune.workload import Workload
     from reelbatch.video import Place
 
 SOME_FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 WORDS_SHOWN = 20
+DEFAULT_BATCH_SIZE = 8
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -37,6 +42,12 @@ app = typer.Typer(
     help="Many HunyuanVideo videos in one run, each the video you would have got alone.",
 )
 console = Console(stderr=True)
+
+# What libraries say while they are imported (of GPU kernels, of deprecations) is not for the people who run commands.
+for _library in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
+    os.environ.setdefault(_library, "error")
+for _logger in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(_logger).addFilter(lambda record: record.levelno >= logging.ERROR)
 
 
 def main() -> None:
@@ -71,6 +82,8 @@ def _app(
 REQUEST = "What each video is (a prompt file's line may say otherwise)"
 ENGINE = "How it runs"
 OUTPUT = "What comes out"
+MEASURED = "What is measured"
+BOUNDS = "What it keeps to"
 
 
 @app.command()
@@ -139,7 +152,12 @@ def generate(
     attention: Annotated[
         str, typer.Option(help="Attention kernel: auto, or a name that `doctor` shows.", rich_help_panel=ENGINE)
     ] = "auto",
-    batch_size: Annotated[int, typer.Option(min=1, help="Videos that share a step.", rich_help_panel=ENGINE)] = 8,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Videos that share a step; as `tune` found it, else 8, if not given.", rich_help_panel=ENGINE
+        ),
+    ] = None,
     batch_tokens: Annotated[
         int | None, typer.Option(min=1, help="Transformer rows that share a step, at most.", rich_help_panel=ENGINE)
     ] = None,
@@ -194,6 +212,8 @@ def generate(
     _warn_of_unknown_words(requests, info)
     _warn_of_idle_guidance(requests)
     _check_writable(out)
+    if batch_size is None:
+        batch_size = _tuned_batch_size(requests, info, device, dtype, attention, isolation)
 
     with _warnings_as_lines():
         engine = open_engine(
@@ -244,20 +264,221 @@ def doctor(
     _show_machine(found)
 
 
+@app.command()
+def plan(
+    model: Annotated[
+        str, typer.Option(help="demo, a folder in the Diffusers layout, or hunyuanvideo-13b (no folder needed).")
+    ] = "demo",
+    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    frames: Annotated[int | None, typer.Option(help="4k + 1: 1, 5, 9, …")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Videos that share a step.")] = 1,
+    true_cfg: Annotated[float, typer.Option(min=1, help="Classifier-free guidance scale; 1 is off.")] = 1.0,
+    dtype: Annotated[str, typer.Option(help="As of `generate`: auto, float32, bfloat16, int8, part by part.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N; with --max-memory also one not here.")] = "auto",
+    isolation: Annotated[Literal["exact", "packed"], typer.Option(help="As of `generate`.")] = "exact",
+    offload: Annotated[
+        Literal["none", "component", "block"],
+        typer.Option(help="Weights on the device: all; of the component at work; of the blocks at work."),
+    ] = "none",
+    max_memory: Annotated[
+        str | None, typer.Option(help="What may be used, such as 20GiB; what the device has if not given.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Show what a batch is estimated to cost in memory, whether it fits, and what would make it fit.
+
+    Examples:
+
+    - `reelbatch plan --model hunyuanvideo-13b --device cuda --max-memory 80GiB --batch-size 2`
+
+    - `reelbatch plan --model /models/HunyuanVideo --height 544 --width 960 --frames 97`
+
+    Nothing is loaded and nothing is downloaded. The exit code is 1 for what does not fit.
+    """
+    from reelbatch.engine.memory import parse_bytes
+    from reelbatch.tune.plan import answer
+
+    found = answer(
+        model,
+        height=height,
+        width=width,
+        frames=frames,
+        batch_size=batch_size,
+        cfg=true_cfg > 1,
+        dtype=dtype,
+        device=device,
+        isolation=isolation,
+        offload=offload,
+        max_memory=None if max_memory is None else parse_bytes(max_memory),
+    )
+    if as_json:
+        typer.echo(json.dumps(found.record()))
+    else:
+        _show_plan(found)
+    raise typer.Exit(0 if found.fits else SOME_FAILED)
+
+
+@app.command()
+def tune(
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="WIDTHxHEIGHTxFRAMES, as 1280x720x129; may be repeated. The model's own if not given.",
+            rich_help_panel=MEASURED,
+        ),
+    ] = None,
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompts",
+            help="A prompt file as `generate` takes it: its mix of shapes is what is measured.",
+            rich_help_panel=MEASURED,
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Denoising steps; the model's own if not given.", rich_help_panel=MEASURED)
+    ] = None,
+    true_cfg: Annotated[
+        float | None,
+        typer.Option(help="Classifier-free guidance scale; above 1, a step costs two.", rich_help_panel=MEASURED),
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="demo, a folder in the Diffusers layout, or a hub id.", rich_help_panel=ENGINE)
+    ] = "demo",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N.", rich_help_panel=ENGINE)] = "auto",
+    dtype: Annotated[str, typer.Option(help="As `generate` takes it.", rich_help_panel=ENGINE)] = "auto",
+    dtypes: Annotated[
+        str | None,
+        typer.Option(
+            help="Several between commas, as fp32,bf16, in one table; their quality is against fp32 alone.",
+            rich_help_panel=ENGINE,
+        ),
+    ] = None,
+    attention: Annotated[
+        str, typer.Option(help="Attention kernel: auto, or a name that `doctor` shows.", rich_help_panel=ENGINE)
+    ] = "auto",
+    budget: Annotated[str, typer.Option(help="Time for all of it, as 90s, 5m, 1h.", rich_help_panel=BOUNDS)] = "90s",
+    max_latency: Annotated[
+        str | None,
+        typer.Option(help="Longest wait for the last video of a batch, as 30s or 10m.", rich_help_panel=BOUNDS),
+    ] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(help="Most memory at the peak, as 20GiB.", rich_help_panel=BOUNDS)
+    ] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Largest batch size tried.", rich_help_panel=BOUNDS)] = 32,
+    out: Annotated[
+        Path, typer.Option(help="Folder for tune.html, tune.json and the pictures.", rich_help_panel=OUTPUT)
+    ] = Path("out/tune"),
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object, and no table.", rich_help_panel=OUTPUT)
+    ] = False,
+    show: Annotated[
+        bool, typer.Option("--show", help="List the stored profiles and measure nothing.", rich_help_panel=OUTPUT)
+    ] = False,
+) -> None:
+    """Measure batch sizes on this machine, and say which to use and why.
+
+    Examples:
+
+    - `reelbatch tune`: the bundled model at its own size, in 90 seconds
+
+    - `reelbatch tune --model /models/HunyuanVideo --shape 960x544x97 --budget 30m --max-latency 20m`
+
+    - `reelbatch tune --prompts suite.csv --dtypes fp32,bf16`
+
+    Batches of growing size are run, in both isolations: a few steps each, extrapolated to full videos, and checked by
+    a full run. The advice is the smallest batch within 5 % of the best throughput that keeps to the limits; exact
+    isolation unless packed is more than 10 % faster. `generate` then takes it when --batch-size is not given.
+    Other programs on the machine make the figures worse: measure when it is quiet. Ctrl-C keeps what was measured.
+    """
+    from reelbatch.engine.memory import parse_bytes
+    from reelbatch.tune import report as tune_report
+    from reelbatch.tune import run as tune_run
+    from reelbatch.tune.choose import Limits
+    from reelbatch.tune.display import Display
+
+    if show:
+        _show_profiles(as_json)
+        return
+    if dtypes is not None and dtype != "auto":
+        raise ValueError(f"--dtype {dtype} and --dtypes {dtypes} were given; give one of them")
+    limits = Limits(
+        None if max_latency is None else tune_run.parse_seconds(max_latency, "--max-latency"),
+        None if max_memory is None else parse_bytes(max_memory),
+    )
+    seconds = tune_run.parse_seconds(budget, "--budget")
+    several = [dtype] if dtypes is None else tune_run.parse_dtypes(dtypes)
+    info, workloads = _workloads(model, shape or [], prompt_file, steps, true_cfg, max_batch)
+    _check_writable(out)
+    _quiet_libraries()
+    with _warnings_as_lines(), _interruptible() as interrupted, Display(console) as display:
+        found = tune_run.tune(
+            info,
+            workloads,
+            device=device,
+            dtypes=several,
+            against_fp32=dtypes is not None,
+            attention=attention,
+            budget=seconds,
+            limits=limits,
+            largest=max_batch,
+            tell=display.tell,
+            stopping=lambda: bool(interrupted),
+        )
+    files = tune_report.write(found, out)
+    if as_json:
+        typer.echo(json.dumps(tune_report.record(found)))
+    else:
+        answer = Console()
+        answer.print(tune_report.terminal(found, answer.width))
+    _say(f"page: {files['html']}; figures: {files['json']}")
+    if interrupted:
+        _say("stopped; this is what was measured until then, and no profile was stored")
+        raise typer.Exit(INTERRUPTED)
+    if found.profiles:
+        _say(
+            "stored: `generate` takes this batch size when --batch-size is not given (tune --show lists what is stored)"
+        )
+    raise typer.Exit(0 if all(swept.choice for swept in found.sweeps) else SOME_FAILED)
+
+
 # -- generate, in parts ----------------------------------------------------------------------------
 
 
 def open_engine(model: str, **options: Any) -> Engine:
     """The engine of a run; its libraries' own progress bars are silenced, ours are shown instead."""
+    from reelbatch.engine.engine import Engine
+
+    _quiet_libraries()
+    return Engine.from_pretrained(model, **options)
+
+
+def _quiet_libraries() -> None:
     import diffusers
     import transformers
-
-    from reelbatch.engine.engine import Engine
 
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
         library.utils.logging.set_verbosity_error()
-    return Engine.from_pretrained(model, **options)
+
+
+def _tuned_batch_size(
+    requests: Sequence[VideoRequest], info: ModelInfo, device: str, dtype: str, attention: str, isolation: Isolation
+) -> int:
+    """The batch size that `tune` found for these shapes, and a line that says so; the default where it found none."""
+    from reelbatch.tune import profiles
+    from reelbatch.tune.workload import shape_class, shape_of
+
+    if len(requests) == 1:
+        return DEFAULT_BATCH_SIZE
+    kinds = [shape_class(requests), *sorted({shape_of(request) for request in requests})]
+    about = profiles.identity(info.folder, info.name, "", device=device, dtype=dtype, attention=attention)
+    wanted = [about.model_copy(update={"shapes": kind}) for kind in kinds]
+    size, line = profiles.advice(wanted, isolation, DEFAULT_BATCH_SIZE)
+    if line:
+        _say(line)
+    return size
 
 
 def _entries(prompts: Sequence[str], prompt_file: Path | None) -> list[Any]:
@@ -403,6 +624,114 @@ def _show_machine(found: dict[str, Any]) -> None:
         backends.add_row(backend["name"], backend["what"], backend["never"] or refused or "")
     answer.print(backends)
     answer.print(f"attention rules: {', '.join(found['rules'])}", highlight=False)
+
+
+# -- tune, in parts --------------------------------------------------------------------------------
+
+
+def _workloads(
+    model: str,
+    shape: Sequence[str],
+    prompt_file: Path | None,
+    steps: int | None,
+    true_cfg: float | None,
+    largest: int,
+) -> tuple[ModelInfo, list[Workload]]:
+    """The model, and what is to be measured with it."""
+    from reelbatch.jobs.prompts import make_requests, read_entries
+    from reelbatch.models.checkpoint import inspect, resolve
+    from reelbatch.tune import workload
+
+    if prompt_file is not None and shape:
+        raise ValueError("--prompts and --shape were given; a prompt file says its shapes itself: give one of them")
+    shapes = [workload.parse_shape(text) for text in shape] or [{}]
+    info = inspect(resolve(model))
+    fields: dict[str, Any] = {
+        name: value for name, value in (("steps", steps), ("true_cfg", true_cfg)) if value is not None
+    }
+    if prompt_file is not None:
+        requests = make_requests(read_entries(prompt_file), fields, first_seed=0, limits=info.limits)
+        return info, [workload.of_mix(requests, prompt_file.name)]
+    if true_cfg is not None and true_cfg > 1:
+        fields["negative_prompt"] = ""
+    made = [workload.of_shape(info, fields | sizes, largest) for sizes in shapes]
+    return info, list({one.name: one for one in made}.values())
+
+
+def _show_profiles(as_json: bool) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from reelbatch.tune import profiles
+
+    stored = profiles.stored()
+    if as_json:
+        known = [
+            {"file": str(path), "profile": None, "problem": found}
+            if isinstance(found, str)
+            else {"file": str(path), "profile": found.model_dump(mode="json"), "problem": profiles.stale(found)}
+            for path, found in stored
+        ]
+        typer.echo(json.dumps(known))
+        return
+    if not stored:
+        _say(f"no profile is stored in {profiles.cache_folder()}: `reelbatch tune` makes one")
+        return
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    for column in ("model", "shapes", "dtype", "batch", "isolation", "videos/h", "measured"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("here")
+    for path, found in stored:
+        if isinstance(found, str):
+            table.add_row(path.name, *[""] * 6, found)
+            continue
+        about = found.identity
+        kind = about.dtype if about.attention == "auto" else f"{about.dtype}, {about.attention}"
+        row = (about.model, about.shapes, kind, str(found.batch_size), found.isolation)
+        rate = f"{found.videos_per_hour:,.0f}" if found.videos_per_hour >= 100 else f"{found.videos_per_hour:.2f}"
+        table.add_row(*row, rate, str(found.measured), profiles.stale_in_short(found) or "usable")
+    Console().print(table)
+    _say(f"kept in {profiles.cache_folder()}; a file that is deleted there is forgotten")
+
+
+# -- plan, in parts --------------------------------------------------------------------------------
+
+
+def _show_plan(found: Answer) -> None:
+    from rich.table import Table
+
+    from reelbatch.engine.memory import how_far_off
+    from reelbatch.tune.plan import LARGEST_BATCH, PHASES
+
+    setup, shape = found.setup, found.setup.shape
+    title = (
+        f"{setup.network.name}: {setup.batch_size} × {shape.width}×{shape.height}, {shape.frames} frames"
+        f"{', true CFG' if shape.cfg else ''}; {setup.precision}, {setup.isolation}, offload {setup.offload}, "
+        f"{setup.device}"
+    )
+    table = Table("phase", title=title)
+    for column in ("weights GiB", "activations GiB", "estimated peak GiB"):
+        table.add_column(column, justify="right")
+    for phase, total in found.plan.phases.items():
+        sizes = (found.plan.weights[phase], getattr(found.plan, phase), total)
+        table.add_row(PHASES[phase], *(f"{size / 2**30:.2f}" for size in sizes))
+    answer = Console()
+
+    def tell(text: str, style: str | None = None) -> None:
+        answer.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+    answer.print(table)
+    if setup.held:
+        tell(f"besides, this process holds {setup.held / 2**30:.2f} GiB before a model is loaded")
+    tell(found.verdict, None if found.fits else "red")
+    for number, remedy in enumerate(found.remedies):
+        start = "what would make it fit, the cheapest first: " if number == 0 else "  or: "
+        tell(f"{start}{' with '.join(remedy.changes)} (estimated peak {remedy.peak / 2**30:.2f} GiB)")
+    if not found.fits and not found.remedies:
+        tell("no smaller batch, dtype, offload or VAE tiling makes it fit: make it smaller or shorter")
+    most = f"{found.largest_batch}{' or more' if found.largest_batch == LARGEST_BATCH else ''}"
+    tell(f"largest batch that fits as it is set: {most if found.largest_batch else 'none'}")
+    tell(how_far_off(setup.device))
 
 
 # -- model-info, in parts --------------------------------------------------------------------------

@@ -1,14 +1,19 @@
 """What a piece of work will cost in memory, and how much there is.
 
-What a plan costs is an estimate, made before anything is loaded. How far estimates have been off is measured by
-benchmarks/memory_plan.py and kept in benchmarks/results/.
+All costs are estimates, made from configurations before anything is loaded: the tensors that are alive at the worst
+moment of a phase, as the code of the networks makes them, and on a CPU what was measured to come on top: libraries and
+the C allocator. How far estimates have been off is measured by benchmarks/memory_plan.py and kept in
+benchmarks/results/memory_plan_cpu.md; on a GPU it has not been measured.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,55 +25,75 @@ if TYPE_CHECKING:
     from reelbatch.engine.planner import Isolation
     from reelbatch.models.checkpoint import Components, ModelInfo
     from reelbatch.models.hunyuan_video import BranchShape
+    from reelbatch.models.precision import Precision
 
 COMPONENTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
+Phase = Literal["text", "step", "decode"]
 Offload = Literal["none", "component", "block"]
 """Which weights are on the device: all; those of the component at work; the block at work and the one that follows."""
 
-DECODE_COPIES_FP32, DECODE_COPIES_HALF = 8.0, 7.5
-"""Copies of its widest activation that the VAE decoder holds at its peak. The peak is in the last upsampler: the
-interpolated frames, those with the first frame joined, the padded ones, the convolution's result, and the convolution
-library's own copies. Measured on a CPU as the growth of the peak resident set over that of the activation: 7.7
-in fp32, 7.0 in bf16 (tests/test_vae.py measures again)."""
+ERRORS_MEASURED = (-0.05, 0.15)
+"""Lowest and highest error (estimate over measured, less 1) in benchmarks/results/memory_plan_cpu.md."""
 
-DECODE_FIXED_BYTES = 150 * 2**20
-"""What a decode takes whatever its shape (reordered weights, scratch): 100 to 155 MB measured."""
+RUNTIME_BYTES: Mapping[Phase, tuple[int, int]] = MappingProxyType(
+    {"text": (20 * 2**20, 29 * 2**20), "step": (23 * 2**20, 40 * 2**20), "decode": (45 * 2**20, 44 * 2**20)}
+)
+"""What a CPU process grows by up to each phase besides tensors, in fp32 and in half precision: code of libraries that
+is read from disk at its first use, their buffers, tokenizers. Measured as the rest at small shapes, with freed memory
+going back to the system at once (MALLOC_MMAP_THRESHOLD_=262144)."""
+
+SLACK_MIB: Mapping[Phase, tuple[tuple[int, int], ...]] = MappingProxyType(
+    {
+        "text": ((0, 0), (20, 22), (40, 48), (65, 68)),
+        "step": ((0, 0), (20, 22), (40, 48), (65, 68)),
+        "decode": ((0, 0), (16, 2), (110, 60), (240, 80), (430, 120), (930, 165)),
+    }
+)
+"""Memory that the C allocator holds on a CPU besides the tensors, against the tensors: (MiB of tensors, MiB besides),
+with straight lines between and nothing more beyond the last. Freed tensors of up to 32 MiB stay in glibc's heap, and
+cannot always be used again; larger ones go back to the system. Fitted to what benchmarks/memory_plan.py measured: it
+differs by up to a fifth of the whole peak from run to run of the same work."""
+
+GPU_RUNTIME_BYTES = 768 * 2**20
+GPU_SLACK = 0.05
+"""On a GPU: its context and the libraries' workspaces, and what the caching allocator wastes, over the tensors. Both
+are assumed, not measured."""
 
 # HunyuanVideo's VAE in Diffusers: these are attributes of the loaded class with fixed defaults, not part of its config.
-TILE_LATENT_FRAMES = 4
-TILE_PIXELS = 256
+TILE_LATENT_FRAMES, TILE_LATENT_STRIDE = 4, 3
+TILE_PIXELS, TILE_PIXELS_STRIDE = 256, 192
+
+CONV_BLOCK = 16
+"""Channels that the convolution library lays side by side; their number is rounded up to a multiple of it."""
 
 
-def decode_peak_bytes(
-    vae_config: Mapping[str, Any],
-    latent_shape: tuple[int, ...],
-    dtype: torch.dtype,
-    framewise: bool = True,
-    tiled: bool = False,
-) -> int:
-    """Estimated peak memory of decoding one sample, in bytes, weights not counted.
+def how_far_off(device: torch.device | str) -> str:
+    """What must be said of every estimate."""
+    low, high = ERRORS_MEASURED
+    on_cpu = f"on the CPU estimates have been {-low:.0%} too low to {high:.0%} too high"
+    if torch.device(device).type == "cpu":
+        return f"These are estimates: {on_cpu} (benchmarks/results/memory_plan_cpu.md)."
+    return f"These are estimates, not yet compared with a GPU's real use; {on_cpu}."
 
-    The widest activation has full resolution: the last upsampler's, with the channels of the second block. On a CPU the
-    estimate was 17 to 39 % above measured peaks of more than 450 MiB, and up to 90 % above smaller ones.
 
-    Args:
-        vae_config: of `AutoencoderKLHunyuanVideo`.
-        latent_shape: [channels, latent_frames, h, w].
-        dtype: of the VAE.
-        framewise: whether the VAE works through time in tiles (it does so by default).
-        tiled: whether it works through space in tiles.
-    """
-    _, latent_frames, height, width = latent_shape
-    temporal, spatial = vae_config["temporal_compression_ratio"], vae_config["spatial_compression_ratio"]
-    frames, height, width = (latent_frames - 1) * temporal + 1, height * spatial, width * spatial
-    video = 3 * frames * height * width * dtype.itemsize * 2  # what is decoded already: tiles overlap in time and space
-    if framewise and latent_frames > TILE_LATENT_FRAMES:
-        frames = TILE_LATENT_FRAMES * temporal + 1
-    if tiled:
-        height, width = min(height, TILE_PIXELS), min(width, TILE_PIXELS)
-    widest = max(vae_config["block_out_channels"][:2]) * frames * height * width * dtype.itemsize
-    copies = DECODE_COPIES_FP32 if dtype.itemsize >= 4 else DECODE_COPIES_HALF
-    return int(copies * widest) + video + DECODE_FIXED_BYTES
+def runtime_bytes(phase: Phase, dtype: torch.dtype, device: torch.device | str) -> int:
+    """What a process takes besides tensors."""
+    return RUNTIME_BYTES[phase][dtype.itemsize < 4] if torch.device(device).type == "cpu" else GPU_RUNTIME_BYTES
+
+
+def slack_bytes(phase: Phase, tensors: int, device: torch.device | str) -> int:
+    """What the allocator holds besides so many bytes of tensors."""
+    if torch.device(device).type != "cpu":
+        return int(tensors * GPU_SLACK)
+    points = [(size * 2**20, besides * 2**20) for size, besides in SLACK_MIB[phase]]
+    for (left, low), (right, high) in pairwise(points):
+        if tensors < right:
+            return low + (high - low) * (tensors - left) // (right - left)
+    return points[-1][1]
+
+
+def _all_told(phase: Phase, tensors: int, dtype: torch.dtype, device: torch.device | str) -> int:
+    return tensors + slack_bytes(phase, tensors, device) + runtime_bytes(phase, dtype, device)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -83,22 +108,25 @@ class Network:
         configs: of `transformer`, `vae`, `text_encoder` and `text_encoder_2`, as in their config.json.
         parameters: of each of these.
         largest_block: parameters of the largest block of each: what offloading block by block moves at once.
+        outside_blocks: parameters of the transformer before and after its blocks.
     """
 
     name: str
     configs: Mapping[str, Mapping[str, Any]]
     parameters: Mapping[str, int]
     largest_block: Mapping[str, int]
+    outside_blocks: int
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Network:
-        """Of a folder in the Diffusers layout, from its config.json files alone."""
-        import json
+        """Of a folder in the Diffusers layout, from its config.json files alone.
 
+        Raises:
+            ValueError: if a config.json is missing or is none.
+        """
         from reelbatch.models.checkpoint import _name
 
-        configs = {name: json.loads((Path(folder) / name / "config.json").read_text("utf-8")) for name in COMPONENTS}
-        return cls._from_configs(_name(Path(folder)), configs)
+        return cls._from_configs(_name(Path(folder)), {part: _read_config(Path(folder) / part) for part in COMPONENTS})
 
     @classmethod
     def from_info(cls, info: ModelInfo) -> Network:
@@ -108,17 +136,13 @@ class Network:
     @classmethod
     def from_components(cls, components: Components) -> Network:
         """Of a loaded model."""
-        networks: dict[str, Any] = {
+        networks = {
             "transformer": components.transformer,
             "vae": components.decoder.vae,
             "text_encoder": components.text.llama,
             "text_encoder_2": components.text.clip,
         }
-        configs = {
-            name: dict(network.config) if name in ("transformer", "vae") else network.config.to_dict()
-            for name, network in networks.items()
-        }
-        return cls._from_networks(components.name, configs, networks)
+        return cls._from_networks(components.name, networks)
 
     @classmethod
     def hunyuanvideo_13b(cls) -> Network:
@@ -127,42 +151,53 @@ class Network:
 
     @classmethod
     def _from_configs(cls, name: str, configs: Mapping[str, Mapping[str, Any]]) -> Network:
-        """Builds the networks on the meta device, where they take no memory, and counts."""
+        """Builds the networks on the meta device, where they take no memory, to count them."""
         import transformers
         from diffusers import AutoencoderKLHunyuanVideo
 
         from reelbatch.models.hunyuan_video import HunyuanVideoTransformer3DModel
 
         with torch.device("meta"):
-            networks: dict[str, Any] = {
+            networks = {
                 "transformer": HunyuanVideoTransformer3DModel.from_config(dict(configs["transformer"])),
                 "vae": AutoencoderKLHunyuanVideo.from_config(dict(configs["vae"])),
                 "text_encoder": transformers.LlamaModel(transformers.LlamaConfig(**configs["text_encoder"])),
                 "text_encoder_2": transformers.CLIPTextModel(transformers.CLIPTextConfig(**configs["text_encoder_2"])),
             }
-        known = {
-            name: dict(network.config) if name in ("transformer", "vae") else network.config.to_dict()
-            for name, network in networks.items()
-        }
-        return cls._from_networks(name, known, networks)
+        return cls._from_networks(name, networks)
 
     @classmethod
-    def _from_networks(
-        cls, name: str, configs: Mapping[str, Mapping[str, Any]], networks: Mapping[str, torch.nn.Module]
-    ) -> Network:
+    def _from_networks(cls, name: str, networks: Mapping[str, Any]) -> Network:
         def count(module: torch.nn.Module) -> int:
             return sum(parameter.numel() for parameter in module.parameters())
 
-        def blocks(module: torch.nn.Module) -> list[int]:
-            lists = [child for child in module.modules() if isinstance(child, torch.nn.ModuleList)]
-            return [count(block) for blocks in lists for block in blocks]
-
+        blocks = {
+            part: [
+                count(block) for found in network.modules() if isinstance(found, torch.nn.ModuleList) for block in found
+            ]
+            for part, network in networks.items()
+        }
+        transformer = networks["transformer"]
+        inside = count(transformer.transformer_blocks) + count(transformer.single_transformer_blocks)
+        configs = {part: network.config for part, network in networks.items()}
         return cls(
             name,
-            MappingProxyType({part: MappingProxyType(dict(config)) for part, config in configs.items()}),
-            MappingProxyType({part: count(network) for part, network in networks.items()}),
-            MappingProxyType({part: max(blocks(network)) for part, network in networks.items()}),
+            {
+                part: dict(config) if part in ("transformer", "vae") else config.to_dict()
+                for part, config in configs.items()
+            },
+            {part: count(network) for part, network in networks.items()},
+            {part: max(counts) for part, counts in blocks.items()},
+            count(transformer) - inside,
         )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder / 'config.json'}: cannot be read ({error}); a plan needs it") from None
+    return dict(config)
 
 
 HUNYUANVIDEO_TEXT: Mapping[str, Mapping[str, Any]] = {
@@ -187,13 +222,218 @@ HUNYUANVIDEO_TEXT: Mapping[str, Mapping[str, Any]] = {
 
 
 # --------------------------------------------------------------------------------------------------
-# Phases
+# Text
+
+
+def text_peak_bytes(network: Network, tokens: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> int:
+    """Estimated peak memory of encoding one prompt of so many tokens (the template's included), in bytes, weights not
+    counted."""
+    return _all_told("text", _text_tensors(network, tokens, dtype), dtype, device)
+
+
+def _text_tensors(network: Network, tokens: int, dtype: torch.dtype) -> int:
+    config = network.configs["text_encoder"]
+    hidden, wide = config["hidden_size"], config["intermediate_size"]
+    row = tokens * hidden * dtype.itemsize
+    states = [row] * (config["num_hidden_layers"] + 1)  # of every layer: all are given back, and one is used
+    mlp = [tokens * wide * dtype.itemsize] * 3
+    return sum([*states, row, row, *mlp])
+
+
+# --------------------------------------------------------------------------------------------------
+# Denoising
+
+
+def step_peak_bytes(
+    transformer_config: Mapping[str, Any],
+    branches: Sequence[BranchShape | Sequence[BranchShape]],
+    dtype: torch.dtype,
+    isolation: Isolation,
+    device: torch.device | str = "cpu",
+) -> int:
+    """Estimated peak memory of one denoising step, in bytes, weights not counted.
+
+    Args:
+        transformer_config: of `HunyuanVideoTransformer3DModel`.
+        branches: of the samples that share the step; an element is a branch, or the branches of one sample (with
+            classifier-free guidance), which share a pack.
+        dtype: of the transformer.
+        isolation: "exact" gives each element a pack of its own, "packed" puts all in one.
+    """
+    tensors = _step_tensors(transformer_config, _by_sample(branches), dtype, isolation)
+    return _all_told("step", tensors, dtype, device)
+
+
+def _by_sample(branches: Sequence[Any]) -> list[list[BranchShape]]:
+    return [[found] if hasattr(found, "video") else list(found) for found in branches]
+
+
+def _step_tensors(
+    config: Mapping[str, Any], samples: Sequence[Sequence[BranchShape]], dtype: torch.dtype, isolation: Isolation
+) -> int:
+    packs = samples if isolation == "exact" else [[branch for sample in samples for branch in sample]]
+    latents = config["in_channels"] * config["patch_size"] ** 2 * config["patch_size_t"]
+    rope = {shape[:3]: shape.video * config["attention_head_dim"] * 4 for pack in packs for shape in pack}
+    kept = sum(
+        sample[0].video * latents * (4 + dtype.itemsize)  # the sample's own in fp32, and as the branches read them
+        + sum(shape.text for shape in sample) * config["text_embed_dim"] * dtype.itemsize
+        for sample in samples
+    )
+    worst = max(map(sum, _step_moments(config, packs, dtype.itemsize)), default=0)
+    return worst + kept + sum(rope.values())
+
+
+def _step_moments(config: Mapping[str, Any], packs: Sequence[Sequence[Any]], itemsize: int) -> Iterator[list[int]]:
+    """Sizes of the tensors alive where a block holds most, for each pack: in the dual-stream blocks the GELU of the
+    video's feed-forward, in the single-stream blocks the output projection."""
+    row = config["num_attention_heads"] * config["attention_head_dim"] * itemsize
+    ratio = config["mlp_ratio"]
+    video = [sum(shape.video for shape in pack) * row for pack in packs]
+    text = [sum(shape.text for shape in pack) * row for pack in packs]
+    both = [v + t for v, t in zip(video, text, strict=True)]
+    conditions = [len(pack) * row for pack in packs]
+    streams = [*video, *text, *conditions]  # what came out of the dual-stream blocks is held to the end
+    for i, (v, t, n) in enumerate(zip(video, text, both, strict=True)):
+        modulation = 6 * conditions[i]
+        if config["num_layers"]:
+            attended = [v, t, v, t]  # the streams after the attention, and their updates
+            yield [*streams, *video[:i], *text[:i], *attended, v, int(ratio * v), int(ratio * v), 2 * modulation]
+        if config["num_single_layers"]:
+            wide = [n, n, int(ratio * n), n + int(ratio * n), n]  # normed, attended, MLP, both joined, update
+            yield [*streams, *both, *both[:i], *wide, modulation // 2]
+
+
+# --------------------------------------------------------------------------------------------------
+# Decoding
+
+
+def decode_peak_bytes(
+    vae_config: Mapping[str, Any],
+    latent_shape: tuple[int, ...],
+    dtype: torch.dtype,
+    framewise: bool = True,
+    tiled: bool = False,
+    device: torch.device | str = "cpu",
+) -> int:
+    """Estimated peak memory of decoding one sample, in bytes, weights not counted.
+
+    Args:
+        vae_config: of `AutoencoderKLHunyuanVideo`.
+        latent_shape: [channels, latent_frames, h, w].
+        dtype: of the VAE.
+        framewise: whether the VAE works through time in tiles (it does so by default).
+        tiled: whether it works through space in tiles.
+    """
+    tensors = _decode_tensors(vae_config, latent_shape, dtype, framewise, tiled, device)
+    return _all_told("decode", tensors, dtype, device)
+
+
+def _decode_tensors(
+    config: Mapping[str, Any],
+    latent_shape: tuple[int, ...],
+    dtype: torch.dtype,
+    framewise: bool,
+    tiled: bool,
+    device: torch.device | str,
+) -> int:
+    _, n, h, w = latent_shape
+    time, space, itemsize = config["temporal_compression_ratio"], config["spatial_compression_ratio"], dtype.itemsize
+    in_columns = torch.device(device).type == "cpu" and not _convolves_directly(dtype)
+
+    starts = range(0, n, TILE_LATENT_STRIDE) if framewise and n > TILE_LATENT_FRAMES else range(1)
+    lengths = [n if len(starts) == 1 else min(TILE_LATENT_FRAMES + 1, n - start) for start in starts]
+    side, stride = TILE_PIXELS // space, TILE_PIXELS_STRIDE // space
+    tiled = tiled and max(h, w) > side
+    tile_h, tile_w = (min(h, side), min(w, side)) if tiled else (h, w)
+    covered = _covered(h, side, stride) * _covered(w, side, stride) if tiled else h * w  # tiles overlap
+
+    frame = 3 * h * w * space**2
+    latents = math.prod(latent_shape)
+    worst = {length: _decoder_moments(config, (length, tile_h, tile_w), itemsize, in_columns) for length in {*lengths}}
+    moments, done = [], 0
+    for length in lengths:
+        frames = (length - 1) * time + 1
+        others = 3 * frames * (covered - tile_h * tile_w) * space**2  # tiles of the same frames
+        moments += [[*sizes, (done + others) * itemsize] for sizes in worst[length]]
+        done += frames * frame
+    video = ((n - 1) * time + 1) * frame
+    moments.append([video * itemsize, done * itemsize if len(starts) > 1 else 0, 4 * video])
+    if torch.device(device).type == "cpu":
+        moments.append([4 * video, 4 * video, 4 * video])  # frames to 8 bits
+    return max(map(sum, moments)) + latents * (4 + itemsize)
+
+
+def _covered(size: int, side: int, stride: int) -> int:
+    """Length of all tiles along an axis."""
+    return sum(min(side, size - start) for start in range(0, size, stride))
+
+
+def _decoder_moments(
+    config: Mapping[str, Any], latent: tuple[int, int, int], itemsize: int, in_columns: bool
+) -> list[list[int]]:
+    """Sizes of the tensors alive in each convolution of the decoder, for latents of [frames, h, w] in one go."""
+    frames, height, width = latent
+    channels = [*reversed(config["block_out_channels"])]
+    spatial, temporal = (int(math.log2(config[f"{kind}_compression_ratio"])) for kind in ("spatial", "temporal"))
+    moments: list[list[int]] = []
+
+    def size(count: int) -> int:
+        return count * frames * height * width * itemsize
+
+    def convolve(count: int, out: int, kernel: int, held: Sequence[int]) -> None:
+        """`held` besides its input, which is padded first."""
+        padded = count * (frames + kernel - 1) * (height + kernel - 1) * (width + kernel - 1) * itemsize
+        blocked = size(math.ceil(out / CONV_BLOCK) * CONV_BLOCK)
+        if in_columns:
+            copies = [size(count * kernel**3), size(out)]
+        else:  # the library's own copies of input and result, the latter then copied out
+            reordered = padded if count >= CONV_BLOCK else 0
+            copies = [max(reordered, size(out)), blocked]
+        moments.append([*held, size(count), padded, *copies])
+
+    came = channels[0]
+    for i, out in enumerate(channels):
+        entered = size(came)  # the block's input, held by its caller
+        for layer in range(config["layers_per_block"] + 1):
+            count, held = (came, [entered]) if layer == 0 else (out, [entered, size(out)])
+            convolve(count, out, 3, held)
+            convolve(out, out, 3, held)
+            if count != out:
+                convolve(count, out, 1, [size(out)])
+        last = i == len(channels) - 1
+        wider, longer = i < spatial, i >= len(channels) - 1 - temporal and not last
+        if wider or longer:
+            held = [entered, size(out)]
+            frames = 2 * frames - 1 if longer else frames
+            height, width = (2 * height, 2 * width) if wider else (height, width)
+            convolve(out, out, 3, [*held, size(out) * (frames - 1) // frames])
+        came = out
+    convolve(came, 3, 3, [])
+    return moments
+
+
+def _convolves_directly(dtype: torch.dtype) -> bool:
+    """Whether this CPU convolves in this dtype without writing out every window of the input first."""
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype == torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return True
+
+
+# --------------------------------------------------------------------------------------------------
+# The plan
 
 
 @dataclass(frozen=True)
 class VideoShape:
-    """What one request asks of memory. Height and width in pixels; `cfg` is whether a second branch runs; `text_tokens`
-    is of each branch."""
+    """What one request asks of memory.
+
+    Attributes:
+        height, width: in pixels.
+        cfg: whether a second, unconditional branch runs.
+        text_tokens: of each branch, the template cropped; 256 is the most.
+    """
 
     height: int
     width: int
@@ -203,10 +443,10 @@ class VideoShape:
 
     def latent(self, network: Network) -> tuple[int, int, int, int]:
         """[channels, latent_frames, h, w]."""
-        transformer, vae = network.configs["transformer"], network.configs["vae"]
+        vae = network.configs["vae"]
         space, time = vae["spatial_compression_ratio"], vae["temporal_compression_ratio"]
         frames = (self.frames - 1) // time + 1
-        return transformer["in_channels"], frames, self.height // space, self.width // space
+        return vae["latent_channels"], frames, self.height // space, self.width // space
 
     def branches(self, network: Network) -> list[BranchShape]:
         """Patches of each branch of a step."""
@@ -219,63 +459,25 @@ class VideoShape:
         return [shape] * (2 if self.cfg else 1)
 
 
-def text_peak_bytes(network: Network, tokens: int, dtype: torch.dtype) -> int:
-    """Estimated peak memory of encoding one prompt, in bytes, weights not counted."""
-    config = network.configs["text_encoder"]
-    hidden, wide, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
-    states = (layers + 1) * hidden  # all layers' states are kept until the one that is used is taken
-    return tokens * (states + 8 * hidden + 3 * wide) * dtype.itemsize + STEP_FIXED_BYTES
-
-
-STEP_FIXED_BYTES = 64 * 2**20
-
-
-def step_peak_bytes(
-    transformer_config: Mapping[str, Any],
-    branches: Sequence[BranchShape | Sequence[BranchShape]],
-    dtype: torch.dtype,
-    isolation: Isolation,
-) -> int:
-    """Estimated peak memory of one denoising step, in bytes, weights not counted.
-
-    Args:
-        transformer_config: of `HunyuanVideoTransformer3DModel`.
-        branches: of the samples that share the step; an element is a branch, or the branches of one sample (with
-            classifier-free guidance), which share a pack.
-        dtype: of the transformer.
-        isolation: "exact" gives each element a pack of its own, "packed" puts all in one.
-    """
-    samples: list[list[Any]] = [[found] if hasattr(found, "video") else list(found) for found in branches]
-    packs = samples if isolation == "exact" else [[branch for sample in samples for branch in sample]]
-    config = transformer_config
-    dim = config["num_attention_heads"] * config["attention_head_dim"]
-    ratio = config["mlp_ratio"]
-    rows = [sum(branch.video + branch.text for branch in pack) for pack in packs]
-    streams = 2 * sum(rows) * dim
-    wide = (4 + 2 * ratio) * max(rows) * dim
-    rope = sum(branch[0] * branch[1] * branch[2] for branch in {b[:3] for pack in packs for b in pack})
-    return int((streams + wide) * dtype.itemsize) + rope * config["attention_head_dim"] * 4 + STEP_FIXED_BYTES
-
-
-# --------------------------------------------------------------------------------------------------
-# The plan
-
-
 @dataclass(frozen=True)
 class Plan:
-    """Estimated peak memory of a batch, in bytes.
+    """Estimated memory of a batch, in bytes.
 
     Attributes:
-        weights: of the most weights that are on the device at once.
-        text, step, decode: activations of each phase, weights not counted.
-        phases: weights and activations of each phase.
+        weights: on the device in each phase.
+        text, step, decode: activations of each phase at their peak, and what comes on top.
     """
 
-    weights: int
+    weights: Mapping[Phase, int]
     text: int
     step: int
     decode: int
-    phases: Mapping[str, int]
+
+    @property
+    def phases(self) -> dict[Phase, int]:
+        """Weights and activations of each phase."""
+        activations: dict[Phase, int] = {"text": self.text, "step": self.step, "decode": self.decode}
+        return {phase: self.weights[phase] + size for phase, size in activations.items()}
 
     @property
     def peak(self) -> int:
@@ -285,39 +487,72 @@ class Plan:
         return self.peak <= available_bytes
 
 
+TEMPLATE_TOKENS = 95
+"""Of HunyuanVideo's own prompt template, which Llama reads before every prompt."""
+
+
 def plan(
     network: Network,
     shapes: Sequence[VideoShape],
     *,
-    dtypes: torch.dtype | Mapping[str, torch.dtype],
+    dtypes: torch.dtype | Precision,
     isolation: Isolation = "exact",
     offload: Offload = "none",
     tiled: bool = False,
+    device: torch.device | str = "cpu",
 ) -> Plan:
     """The estimated cost of making these videos in one batch.
 
     Args:
-        dtypes: one for all, or those of "transformer", "vae" and "text".
+        dtypes: one for all parts of the model, or one of each.
+        offload: which weights are on the device; on a CPU those that are not are taken to be on disk.
         tiled: whether the VAE decodes in spatial tiles.
     """
-    if isinstance(dtypes, torch.dtype):
-        dtypes = {"transformer": dtypes, "vae": dtypes, "text": dtypes}
-    of = {part: dtypes.get(part, dtypes.get("text")) for part in COMPONENTS}
-    size = {part: of[part].itemsize * network.parameters[part] for part in COMPONENTS}  # type: ignore[union-attr]
-    text = max(text_peak_bytes(network, 95 + shape.text_tokens, dtypes["text"]) for shape in shapes)
-    step = step_peak_bytes(
-        network.configs["transformer"], [s.branches(network) for s in shapes], dtypes["transformer"], isolation
-    )
-    decode = max(
-        decode_peak_bytes(network.configs["vae"], shape.latent(network), dtypes["vae"], tiled=tiled) for shape in shapes
-    )
-    held = {"text": size["text_encoder"] + size["text_encoder_2"], "step": size["transformer"], "decode": size["vae"]}
+    from reelbatch.models.precision import Precision
+
+    if not shapes:
+        raise ValueError("no shapes given: a plan is of one video or more.")
+    precision = Precision.parse(dtypes, torch.device(device))
+    longest = max(shape.text_tokens for shape in shapes) + TEMPLATE_TOKENS
+    transformer, vae = network.configs["transformer"], network.configs["vae"]
+    samples = [shape.branches(network) for shape in shapes]
+    latents = {shape: shape.latent(network) for shape in shapes}
+    tensors: dict[Phase, int] = {
+        "text": _text_tensors(network, longest, precision.text),
+        "step": _step_tensors(transformer, samples, precision.transformer, isolation),
+        "decode": max(_decode_tensors(vae, latent, precision.vae, True, tiled, device) for latent in latents.values()),
+    }
+    dtype: dict[Phase, torch.dtype] = {"text": precision.text, "step": precision.transformer, "decode": precision.vae}
+    found: dict[Phase, int] = {}
+    besides = runtime = 0  # what a process has grown by in one phase it still has in the next
+    for phase, size in tensors.items():
+        besides = max(besides, slack_bytes(phase, size, device))
+        runtime = max(runtime, runtime_bytes(phase, dtype[phase], device))
+        found[phase] = size + besides + runtime
+    waiting = [math.prod(latents[shape]) * 4 for shape in shapes]
+    found["decode"] += sum(waiting) - min(waiting)
+    if precision.int8:  # a layer's weights are written out in full while it works
+        dim = transformer["num_attention_heads"] * transformer["attention_head_dim"]
+        found["step"] += int(max(6, 1 + transformer["mlp_ratio"]) * dim**2) * precision.transformer.itemsize
+    return Plan(MappingProxyType(_weights(network, precision, offload)), **found)
+
+
+def _weights(network: Network, precision: Precision, offload: Offload) -> dict[Phase, int]:
+    """Bytes of weights on the device in each phase."""
+    size = {part: precision.weight_bytes(part, count) for part, count in network.parameters.items()}
     if offload == "none":
-        held = dict.fromkeys(held, sum(size.values()))
+        return dict.fromkeys(("text", "step", "decode"), sum(size.values()))
+    weights: dict[Phase, int] = {
+        "text": size["text_encoder"] + size["text_encoder_2"],
+        "step": size["transformer"],
+        "decode": size["vae"],
+    }
     if offload == "block":
-        held["step"] = 2 * network.largest_block["transformer"] * dtypes["transformer"].itemsize
-    phases = {"text": held["text"] + text, "step": held["step"] + step, "decode": held["decode"] + decode}
-    return Plan(max(held.values()), text, step, decode, phases)
+        block = {part: precision.weight_bytes(part, count) for part, count in network.largest_block.items()}
+        outside = precision.weight_bytes("transformer", network.outside_blocks)
+        weights["step"] = min(weights["step"], 2 * block["transformer"] + outside)
+        weights["text"] = min(weights["text"], 2 * block["text_encoder"] + size["text_encoder_2"])
+    return weights
 
 
 # --------------------------------------------------------------------------------------------------

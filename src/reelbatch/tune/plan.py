@@ -1,0 +1,267 @@
+"""What a batch will cost in memory before anything is loaded, whether it fits, and what would make it fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reelbatch.engine.memory import (
+    Network,
+    Offload,
+    Phase,
+    Plan,
+    VideoShape,
+    device_memory_bytes,
+    held_bytes,
+    how_far_off,
+    plan,
+)
+from reelbatch.engine.planner import Isolation
+from reelbatch.engine.recovery import gibibytes
+from reelbatch.models.checkpoint import DEMO_FOLDER, REAL_MODEL, choose_device, inspect
+from reelbatch.models.precision import Precision
+from reelbatch.request import ModelLimits
+
+PLAIN_13B = ("hunyuanvideo-13b", "hunyuanvideo", "13b", REAL_MODEL.lower())
+"""Names of HunyuanVideo (13B) that are planned from the configuration in the code, without a folder."""
+LARGEST_BATCH = 256
+"""Batches that are not looked beyond."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A batch of equal videos, and how it is to run.
+
+    Attributes:
+        held: bytes that the process holds before the model is loaded; they count on a CPU.
+    """
+
+    network: Network
+    shape: VideoShape
+    batch_size: int
+    precision: Precision
+    device: torch.device
+    isolation: Isolation = "exact"
+    offload: Offload = "none"
+    tiled: bool = False
+    held: int = 0
+
+    def plan(self) -> Plan:
+        return plan(
+            self.network,
+            [self.shape] * self.batch_size,
+            dtypes=self.precision,
+            isolation=self.isolation,
+            offload=self.offload,
+            tiled=self.tiled,
+            device=self.device,
+        )
+
+    def peak(self) -> int:
+        """Estimated bytes, with those that the process holds already."""
+        return self.held + self.plan().peak
+
+    def largest_batch(self, available: int) -> int:
+        """Videos of this kind that fit together, `LARGEST_BATCH` at most; 0 if not even one does."""
+
+        def fits(batch: int) -> bool:
+            return replace(self, batch_size=batch).peak() <= available
+
+        if not fits(1):
+            return 0
+        low, high = 1, 2
+        while high <= LARGEST_BATCH and fits(high):
+            low, high = high, 2 * high
+        high = min(high, LARGEST_BATCH + 1)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return low
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """Changes that make a batch fit, the estimated peak with them, and what they cost in words."""
+
+    changes: tuple[str, ...]
+    peak: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What `reelbatch plan` says. `remedies` are in the order of what they cost, the cheapest first."""
+
+    setup: Setup
+    plan: Plan
+    available: int
+    largest_batch: int
+    remedies: tuple[Remedy, ...]
+
+    @property
+    def fits(self) -> bool:
+        return self.setup.held + self.plan.peak <= self.available
+
+    @property
+    def verdict(self) -> str:
+        """In a sentence."""
+        peak, available = gibibytes(self.setup.held + self.plan.peak), gibibytes(self.available)
+        worst = max(self.plan.phases, key=lambda phase: self.plan.phases[phase])
+        if self.fits:
+            return f"should fit: an estimated {peak} at the peak ({PHASES[worst]}), of {available}"
+        return f"does not fit: an estimated {peak} at the peak ({PHASES[worst]}), and there are {available}"
+
+    def record(self) -> dict[str, Any]:
+        """For JSON; sizes in bytes."""
+        setup, shape = self.setup, self.setup.shape
+        return {
+            "model": setup.network.name,
+            "device": str(setup.device),
+            "dtype": str(setup.precision),
+            "isolation": setup.isolation,
+            "offload": setup.offload,
+            "height": shape.height,
+            "width": shape.width,
+            "frames": shape.frames,
+            "true_cfg": shape.cfg,
+            "batch_size": setup.batch_size,
+            "parameters": dict(setup.network.parameters),
+            "estimated": {
+                phase: {"weights": self.plan.weights[phase], "activations": getattr(self.plan, phase), "total": total}
+                for phase, total in self.plan.phases.items()
+            },
+            "held_before": setup.held,
+            "peak": setup.held + self.plan.peak,
+            "available": self.available,
+            "fits": self.fits,
+            "largest_batch": self.largest_batch,
+            "remedies": [{"changes": list(remedy.changes), "peak": remedy.peak} for remedy in self.remedies],
+            "verdict": self.verdict,
+            "estimates": how_far_off(setup.device),
+        }
+
+
+PHASES: Mapping[Phase, str] = {"text": "text encoding", "step": "a denoising step", "decode": "decoding"}
+
+
+def answer(
+    model: str,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    frames: int | None = None,
+    batch_size: int = 1,
+    cfg: bool = False,
+    dtype: str = "auto",
+    device: str = "auto",
+    isolation: Isolation = "exact",
+    offload: Offload = "none",
+    max_memory: int | None = None,
+) -> Answer:
+    """The estimated cost of a batch of equal videos; loads nothing and downloads nothing.
+
+    Args:
+        model: "demo", a folder in the Diffusers layout, or "hunyuanvideo-13b".
+        height, width, frames: the model's own if not given.
+        cfg: whether a second, unconditional branch runs.
+        max_memory: bytes; what the device has if not given.
+
+    Raises:
+        ValueError: for a model or a size that cannot be, and for a device that is not here without `max_memory`.
+    """
+    from reelbatch.request import VideoRequest
+
+    network, limits = open_network(model)
+    request = VideoRequest(prompt="-", height=height, width=width, frames=frames).for_model(limits)
+    shape = VideoShape(request.height or 0, request.width or 0, request.frames or 0, cfg)
+    where = _device(device, max_memory)
+    held = held_bytes("cpu") if where.type == "cpu" else 0
+    setup = Setup(network, shape, batch_size, Precision.parse(dtype, where), where, isolation, offload, held=held)
+    available = device_memory_bytes(where) if max_memory is None else max_memory
+    found = setup.plan()
+    fits = held + found.peak <= available
+    return Answer(
+        setup, found, available, setup.largest_batch(available), () if fits else tuple(remedies(setup, available))
+    )
+
+
+def open_network(model: str) -> tuple[Network, ModelLimits]:
+    """What is known of a model without loading it."""
+    if model.lower() in PLAIN_13B:
+        return Network.hunyuanvideo_13b(), ModelLimits()
+    folder = DEMO_FOLDER if model == "demo" else Path(model).expanduser()
+    if not folder.is_dir():
+        raise ValueError(
+            f"model {model!r}: no such folder. A plan downloads nothing: give a model folder, demo, or {PLAIN_13B[0]}"
+        )
+    return Network.from_folder(folder), inspect(folder).limits
+
+
+def _device(device: str, max_memory: int | None) -> torch.device:
+    """Also one that is not here, if its memory is given."""
+    if max_memory is None or device == "auto":
+        try:
+            return choose_device(device)
+        except ValueError as error:
+            raise ValueError(f"{error}; to plan for a device that is not here, give its --max-memory") from None
+    try:
+        return torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device {device!r} is unknown; give auto, cpu, cuda or cuda:N") from None
+
+
+# -- what would make it fit ------------------------------------------------------------------------
+
+Change = tuple[int, str, Callable[[Setup], Setup]]
+"""What it costs (a rank), what to call it, and the setup with it."""
+
+TILES: Change = (
+    1,
+    "VAE tiles (the engine takes them by itself when memory is short)",
+    lambda s: replace(s, tiled=True),
+)
+SMALLER_BATCH = 2
+
+
+def remedies(setup: Setup, available: int) -> list[Remedy]:
+    """Sets of changes with which the batch fits, none of which could be left out, the cheapest first.
+
+    Cheap is what costs little time and leaves the videos as they are: VAE tiles, a smaller batch, offloading what is
+    not at work, a dtype of fewer bytes, offloading block by block.
+    """
+    found: list[tuple[int, frozenset[str], Remedy]] = []
+    for changes in sorted(_combinations(setup), key=lambda changes: sum(rank for rank, _, _ in changes)):
+        changed = setup
+        for _, _, change in changes:
+            changed = change(changed)
+        cost, names = sum(rank for rank, _, _ in changes), [name for _, name, _ in changes]
+        largest = changed.largest_batch(available)
+        if largest == 0:
+            continue
+        if largest < setup.batch_size:
+            changed = replace(changed, batch_size=largest)
+            cost += SMALLER_BATCH
+            names.append(f"--batch-size {largest}")
+        kinds = frozenset(name.split()[0] for name in names)
+        found.append((cost, kinds, Remedy(tuple(names), changed.peak())))
+    found.sort(key=lambda one: one[0])
+    needed = [one for i, one in enumerate(found) if not any(kinds <= one[1] for _, kinds, _ in found[:i])]
+    return [remedy for _, _, remedy in needed]
+
+
+def _combinations(setup: Setup) -> Iterator[Sequence[Change]]:
+    """Every choice of at most one change of each kind; a smaller batch is tried with each."""
+    kinds: list[list[Change | None]] = [[None] if setup.tiled else [None, TILES], [None], [None]]
+    if setup.offload == "none":
+        kinds[1].append((3, "--offload component", lambda s: replace(s, offload="component")))
+    if setup.offload != "block":
+        kinds[1].append((6, "--offload block", lambda s: replace(s, offload="block")))
+    half = torch.bfloat16
+    if setup.precision.transformer.itemsize > half.itemsize:
+        kinds[2].append((4, "--dtype bfloat16", lambda s: replace(s, precision=Precision(half, half, half))))
+    for choice in product(*kinds):
+        yield [change for change in choice if change is not None]

@@ -1,0 +1,264 @@
+"""What was measured, kept for later runs: one small JSON file a profile in the user's cache directory.
+
+A profile holds for one model, its weights, device, dtype, attention kernel, versions and shapes, and for nothing else:
+`find` gives one that fits, or says why those that are there do not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Sequence
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from platformdirs import user_cache_path
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from reelbatch import __version__
+from reelbatch.doctor import device_name
+from reelbatch.engine.planner import Isolation
+from reelbatch.models.checkpoint import CLASSES, choose_device
+from reelbatch.models.precision import Precision
+
+PIECES, PIECE_BYTES = 16, 2**16
+"""Of each weight file, so many pieces of so many bytes are read for its hash: whole files would take minutes."""
+
+
+class Identity(BaseModel):
+    """All that a profile holds for. shapes: as `workload.shape_class` says them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    weights: str
+    device: str
+    dtype: str
+    attention: str
+    versions: dict[str, str]
+    shapes: str
+
+    def differences(self, other: Identity) -> list[str]:
+        """What sets a stored profile (`self`) apart from what is asked for (`other`), in words."""
+        told = []
+        if self.model != other.model:
+            told.append(f"it is of the model {self.model}, and this is {other.model}")
+        if self.shapes != other.shapes:
+            told.append(f"it is of {self.shapes}, and this is {other.shapes}")
+        if self.device != other.device:
+            told.append(f"it is of the device {self.device!r}, and this is {other.device!r}")
+        if self.dtype != other.dtype:
+            told.append(f"it is of {self.dtype}, and this is {other.dtype}")
+        if self.attention != other.attention:
+            told.append(f"it is of --attention {self.attention}, and this is {other.attention}")
+        if self.weights != other.weights:
+            told.append("the model's weights are others now")
+        for name in sorted({*self.versions, *other.versions}):
+            then, now = (side.versions.get(name, "none") for side in (self, other))
+            if then != now:
+                told.append(f"it was measured with {name} {then}, and this is {now}")
+        return told
+
+
+class Profile(BaseModel):
+    """What `tune` found for an identity. Rates are those of the advised batch."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal[1] = 1
+    identity: Identity
+    batch_size: int = Field(ge=1)
+    isolation: Isolation
+    exact_batch_size: int = Field(ge=1)
+    packed_batch_size: int = Field(ge=1)
+    videos_per_hour: float = Field(gt=0)
+    last_video_seconds: float = Field(gt=0)
+    peak_bytes: int = Field(ge=0)
+    why: str
+    measured: date
+
+    def batch_of(self, isolation: Isolation) -> int:
+        """The batch size for a run that has settled on an isolation: a profile never changes what videos look like."""
+        return self.exact_batch_size if isolation == "exact" else self.packed_batch_size
+
+
+class Found(NamedTuple):
+    """The profile that fits, or None and why not (None as well if there is nothing of this model)."""
+
+    profile: Profile | None
+    refused: str | None = None
+
+
+def cache_folder() -> Path:
+    """REELBATCH_CACHE, or `reelbatch` in the user's cache directory."""
+    given = os.environ.get("REELBATCH_CACHE")
+    return Path(given).expanduser() if given else user_cache_path("reelbatch", appauthor=False)
+
+
+def identity(
+    folder: Path,
+    model: str,
+    shapes: str,
+    *,
+    device: str | torch.device = "auto",
+    dtype: Precision | str = "auto",
+    attention: str = "auto",
+) -> Identity:
+    """Of a run of the model in `folder`."""
+    chosen = choose_device(device)
+    return Identity(
+        model=model,
+        weights=weights_hash(folder),
+        device=_described(chosen),
+        dtype=str(Precision.parse(dtype, chosen)),
+        attention=attention,
+        versions=_versions(),
+        shapes=shapes,
+    )
+
+
+def _described(device: torch.device) -> str:
+    return f"{device.type}: {device_name(device)}"
+
+
+def _versions() -> dict[str, str]:
+    return {"reelbatch": __version__} | {name: version(name) for name in ("torch", "diffusers", "transformers")}
+
+
+def weights_hash(folder: Path) -> str:
+    """SHA-256 over all configurations, and over the names, sizes, first and evenly spread bytes of the weight files.
+
+    Other weights of the same shape differ almost everywhere, so the pieces tell them apart.
+    """
+    digest = hashlib.sha256()
+    for component in sorted(CLASSES):
+        for file in sorted((folder / component).glob("*")):
+            if file.suffix == ".safetensors":
+                size = file.stat().st_size
+                digest.update(f"{component}/{file.name}:{size}".encode())
+                with file.open("rb") as stream:
+                    for piece in range(PIECES):
+                        stream.seek(piece * max(size - PIECE_BYTES, 0) // (PIECES - 1))
+                        digest.update(stream.read(PIECE_BYTES))
+            elif file.name.endswith("config.json"):
+                digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def store(profile: Profile) -> Path:
+    """Writes a profile, in the place of one of the same identity; returns its file."""
+    key = hashlib.sha256(profile.identity.model_dump_json().encode()).hexdigest()[:12]
+    path = _folder() / f"{_readable(profile.identity.model)}-{key}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_text(profile.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    part.replace(path)
+    return path
+
+
+def stored() -> list[tuple[Path, Profile | str]]:
+    """Every profile file with its profile, or with what is wrong with it; the latest measured first."""
+    found = [(path, _read(path)) for path in sorted(_folder().glob("*.json"))]
+    return sorted(found, key=lambda pair: pair[1].measured if isinstance(pair[1], Profile) else date.min, reverse=True)
+
+
+def find(wanted: Identity) -> Found:
+    """The profile of exactly this identity; otherwise what keeps the nearest one of the same model from being used."""
+    broken: list[str] = []
+    nearest: Identity | None = None
+    for path, profile in stored():
+        if isinstance(profile, str):
+            if path.name.startswith(_readable(wanted.model)):
+                broken.append(f"{path.name} {profile}")
+        elif profile.identity == wanted:
+            return Found(profile)
+        elif profile.identity.model == wanted.model and (
+            nearest is None or _distance(profile.identity, wanted) < _distance(nearest, wanted)
+        ):
+            nearest = profile.identity
+    if nearest is not None:
+        return Found(None, "; ".join(nearest.differences(wanted)))
+    return Found(None, "; ".join(broken) or None)
+
+
+def _distance(profile: Identity, wanted: Identity) -> tuple[bool, int]:
+    """Other shapes first: a profile of the same shapes that became stale says more than one of other shapes."""
+    return profile.shapes != wanted.shapes, len(profile.differences(wanted))
+
+
+def stale_in_short(profile: Profile) -> str | None:
+    """`stale`, in a few words."""
+    about, now = profile.identity, _now(profile)
+    if now is None:
+        return "no such device"
+    told = ["another device"] if about.device != now.device else []
+    names = [name for name in now.versions if about.versions.get(name) != now.versions[name]]
+    told += [f"{name} {about.versions.get(name, 'none')} → {now.versions[name]}" for name in names]
+    return ", ".join(told) or stale(profile)
+
+
+def _now(profile: Profile) -> Identity | None:
+    """What a profile would have to be of to be used here; None without its device."""
+    try:
+        device = choose_device(profile.identity.device.partition(":")[0])
+    except ValueError:
+        return None
+    return profile.identity.model_copy(update={"device": _described(device), "versions": _versions()})
+
+
+def stale(profile: Profile) -> str | None:
+    """Why a profile cannot be used on this machine as it is now; None if it can (its model's weights are not read)."""
+    now = _now(profile)
+    if now is None:
+        return f"its device {profile.identity.device!r} is not here"
+    return "; ".join(profile.identity.differences(now)) or None
+
+
+def advice(wanted: Sequence[Identity], isolation: Isolation, otherwise: int) -> tuple[int, str | None]:
+    """The batch size for a run, and a line that says where it comes from (None: nothing was ever measured).
+
+    Args:
+        wanted: the run's own identity, and then, for a mix of shapes, that of each shape: where the mix was not
+            measured but each of its shapes was, the smallest of their batch sizes is taken.
+        isolation: which the run has settled on.
+        otherwise: the size where no profile fits.
+    """
+    whole, *parts = wanted
+    found = find(whole)
+    profiles = [found.profile] if found.profile else []
+    if not profiles and parts:
+        each = [find(part).profile for part in parts]
+        profiles = [profile for profile in each if profile is not None] if all(each) else []
+    if profiles:
+        profile = min(profiles, key=lambda profile: profile.batch_of(isolation))
+        size = profile.batch_of(isolation)
+        line = f"batch size {size}: as tuned for {profile.identity.shapes} on {profile.measured}"
+        if profile.isolation == "packed" and isolation == "exact":
+            line += f"; packed was faster there (--isolation packed, batch size {profile.packed_batch_size})"
+        return size, f"{line} (--batch-size overrides)"
+    if found.refused is None:
+        return otherwise, None
+    return otherwise, f"batch size {otherwise}: the stored profile is not used: {found.refused}; run `reelbatch tune`"
+
+
+def _folder() -> Path:
+    return cache_folder() / "profiles"
+
+
+def _readable(model: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", model.lower()).strip("-")[:60]
+
+
+def _read(path: Path) -> Profile | str:
+    try:
+        return Profile.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        return f"is damaged or of another version ({where}: {first['msg']})"
+    except (OSError, ValueError) as error:
+        return f"cannot be read ({error})"

@@ -1,0 +1,132 @@
+"""What is measured: videos of one shape, or the mix of a prompt file, and how they are put into batches."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from reelbatch.demo import evaluate
+from reelbatch.demo.shapes import Scene
+from reelbatch.models.checkpoint import DEMO_FOLDER, ModelInfo
+from reelbatch.request import VideoRequest
+
+MIX = 8
+"""Requests of a prompt file that stand for all of it."""
+
+PROMPTS = (
+    "a red fox trots through fresh snow at the edge of a pine forest, morning light",
+    "a tram crosses a wet street at night, neon signs mirrored in the puddles, slow pan",
+    "a potter's hands shape a tall clay vase on a turning wheel, close-up",
+    "waves break on black rocks",
+    "an old man feeds pigeons in a sunny square while children run past, handheld camera, shallow depth of field",
+    "steam rises from a bowl of noodles",
+    "a sailing boat leans into the wind on a green sea under heavy clouds, seen from a drone that circles it slowly",
+    "time lapse of a city skyline from dusk to night",
+)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Requests to measure with.
+
+    requests: every default filled in; batches take them in turn and begin again at the end.
+    period: requests that together are the whole mix; 1 if all are of one shape.
+    shapes: the class that a profile is kept under.
+    scenes: what each request should show, where that can be read back (the bundled model).
+    """
+
+    name: str
+    shapes: str
+    requests: tuple[VideoRequest, ...]
+    period: int
+    scenes: tuple[Scene, ...] | None = None
+
+    def waves(self, batch: int) -> list[list[VideoRequest]]:
+        """Batches of `batch` requests that together hold the whole mix at least once."""
+        count = -(-self.period // batch)
+        return [self.take(batch, start=wave * batch) for wave in range(count)]
+
+    def take(self, count: int, start: int = 0) -> list[VideoRequest]:
+        """`count` requests in turn, each with an id of its own."""
+        size = len(self.requests)
+        return [self.requests[i % size].model_copy(update={"id": str(i)}) for i in range(start, start + count)]
+
+    @property
+    def steps(self) -> int:
+        """Denoising steps of the request that has most."""
+        return max(steps_of(request) for request in self.requests)
+
+
+def steps_of(request: VideoRequest) -> int:
+    return cast(int, request.steps)
+
+
+def shape_of(request: VideoRequest) -> str:
+    """Width × height × frames of one request, and whether it runs two branches."""
+    return f"{request.width}×{request.height}×{request.frames}" + (" cfg" if request.uses_cfg else "")
+
+
+def shape_class(requests: Iterable[VideoRequest]) -> str:
+    """The shapes that occur, whatever their shares: what a profile is kept under."""
+    return " + ".join(sorted({shape_of(request) for request in requests}))
+
+
+def pixels(request: VideoRequest) -> int:
+    """Pixels that a step works on, both branches."""
+    sides = cast(tuple[int, int, int], (request.width, request.height, request.frames))
+    return sides[0] * sides[1] * sides[2] * (2 if request.uses_cfg else 1)
+
+
+def parse_shape(text: str) -> dict[str, int]:
+    """`WIDTHxHEIGHTxFRAMES` as request fields. Raises ValueError for anything else."""
+    found = re.fullmatch(r"\s*(\d+)\s*[x×*]\s*(\d+)\s*[x×*]\s*(\d+)\s*", text, re.IGNORECASE)
+    if found is None:
+        raise ValueError(f"--shape {text!r}: expected WIDTHxHEIGHTxFRAMES in pixels and frames, as in 1280x720x129")
+    return dict(zip(("width", "height", "frames"), map(int, found.groups()), strict=True))
+
+
+def of_shape(info: ModelInfo, fields: Mapping[str, Any], largest_batch: int) -> Workload:
+    """Videos of one shape, each of another prompt and seed. `fields`: of VideoRequest, what is left out is the model's.
+
+    Raises `RequestError` for a shape that the model cannot make.
+    """
+    count = max(largest_batch, MIX)
+    asked: list[tuple[Scene, str]] = []
+    if info.folder == DEMO_FOLDER:
+        seen, unseen = evaluate.prompts(2 * count)
+        asked = [pair for pairs in zip(seen, unseen, strict=True) for pair in pairs]
+        prompts = [caption for _, caption in asked]
+    else:
+        prompts = [f"{PROMPTS[i % len(PROMPTS)]}, take {i}" if i >= len(PROMPTS) else PROMPTS[i] for i in range(count)]
+    requests = tuple(
+        VideoRequest(prompt=prompt, seed=seed, **fields).for_model(info.limits)
+        for seed, prompt in enumerate(prompts[:count])
+    )
+    scenes = tuple(scene for scene, _ in asked[:count]) or None
+    return Workload(_described(requests), shape_class(requests), requests, 1, scenes)
+
+
+def of_mix(requests: Sequence[VideoRequest], name: str) -> Workload:
+    """A prompt file's requests: eight of them, evenly spread over the file and with its largest, stand for all."""
+    size, count = len(requests), min(len(requests), MIX)
+    places = [int((i + 0.5) * size / count) for i in range(count)]
+    largest = max(range(size), key=lambda i: pixels(requests[i]))
+    if all(pixels(requests[place]) < pixels(requests[largest]) for place in places):
+        places[min(range(count), key=lambda i: abs(places[i] - largest))] = largest
+    chosen = tuple(requests[place] for place in sorted(places))
+    mixed = len({(shape_of(request), request.steps) for request in requests}) > 1
+    described = f"{name}: {size} videos of {_described(requests)}"
+    return Workload(described, shape_class(requests), chosen, count if mixed else 1)
+
+
+def _described(requests: Sequence[VideoRequest]) -> str:
+    first = requests[0]
+    steps = sorted({steps_of(request) for request in requests})
+    told = f"{steps[0]} steps" if len(steps) == 1 else f"{steps[0]} to {steps[-1]} steps"
+    kinds = sorted({shape_of(request) for request in requests})
+    if len(kinds) > 1:
+        return f"{len(kinds)} shapes ({', '.join(kinds[:4])}{', …' if len(kinds) > 4 else ''}), {told}"
+    frames = f"{first.frames} frame{'' if first.frames == 1 else 's'}"
+    return f"{first.width}×{first.height}, {frames}, {told}" + (", true CFG" if first.uses_cfg else "")

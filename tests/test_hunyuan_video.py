@@ -201,6 +201,15 @@ def test_bfloat16_is_no_further_from_double_precision_than_the_reference_is() ->
     assert errors[0] <= errors[1]
 
 
+def test_what_inference_mode_leaves_behind_serves_training() -> None:
+    shape = {"frames": 3, "height": 6, "width": 10}
+    with torch.inference_mode():
+        alone(MODELS[2], make_branch(0, **shape))
+    model = ours_from(REFERENCES[2]).train()
+    alone(model, make_branch(0, **shape)).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 @torch.no_grad()
 def test_a_text_of_no_tokens_gives_a_finite_velocity_and_leaves_its_batch_mates_alone() -> None:
     empty, mate = make_branch(0, text=0), make_branch(1)

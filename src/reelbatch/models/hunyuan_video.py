@@ -201,13 +201,14 @@ def rotary_table(
         axes_dim: channels of a head given to each axis.
         theta: base of the frequencies.
     """
-    axes = [torch.arange(size, device=device, dtype=torch.float32) for size in grid]
-    positions = torch.meshgrid(*axes, indexing="ij")
-    tables = [
-        get_1d_rotary_pos_embed(dim, position.flatten(), theta)
-        for dim, position in zip(axes_dim, positions, strict=True)
-    ]
-    return torch.cat(tables, dim=1).unsqueeze(1)
+    with torch.inference_mode(False):  # what is kept serves training too
+        axes = [torch.arange(size, device=device, dtype=torch.float32) for size in grid]
+        positions = torch.meshgrid(*axes, indexing="ij")
+        tables = [
+            get_1d_rotary_pos_embed(dim, position.flatten(), theta)
+            for dim, position in zip(axes_dim, positions, strict=True)
+        ]
+        return torch.cat(tables, dim=1).unsqueeze(1)
 
 
 @lru_cache(maxsize=256)

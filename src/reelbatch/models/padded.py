@@ -91,7 +91,8 @@ def _positions(text: Tensor, mask: Tensor | None, count: int) -> list[Int[Tensor
 
 @lru_cache(maxsize=16)
 def _all_positions(count: int, device: torch.device) -> Tensor:
-    return torch.arange(count, device=device)
+    with torch.inference_mode(False):  # what is kept serves training too
+        return torch.arange(count, device=device)
 
 
 def _scales(guidance: Tensor, count: int) -> Tensor:

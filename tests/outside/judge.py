@@ -56,12 +56,6 @@ def _on_both_sides(tests: str, why: str) -> tuple[Known, Known]:
 
 
 KNOWN: tuple[Known, ...] = (
-    Known(
-        "ours",
-        "*::TestHunyuanVideoTokenReplaceTransformer::*",
-        "Image-to-video by token replacement modulates the first frame apart from the others: another network, which "
-        "our class refuses.",
-    ),
     *_on_both_sides(
         "*::test_first_block_cache_*",
         "First-block cache compares residuals averaged over the batch, so a video would depend on its batch-mates: "

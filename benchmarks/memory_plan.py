@@ -140,9 +140,10 @@ def measure(case: Case, folder: Path) -> dict[str, int]:
     decode, decoded = decoder.decode, []
 
     def decode_some(latents: torch.Tensor) -> torch.Tensor:
-        if len(decoded) < DECODED:
-            decoded.append(decode(latents))
-        return decoded[-1] if len(decoded) == 1 else decoded.pop()
+        if len(decoded) == DECODED:
+            return torch.zeros(1, 16, 16, 3)
+        decoded.append(True)
+        return decode(latents)
 
     def watch(progress: Progress) -> None:
         if progress.phase == "decode":

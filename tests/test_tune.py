@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given
@@ -317,6 +319,16 @@ def test_the_processors_energy_counts_on_over_a_wrap(tmp_path: Path) -> None:
     joules = gauges._cpu_joules(tmp_path)
     (package / "energy_uj").write_text("400000")
     assert joules() == pytest.approx(0.5)
+
+
+def test_work_of_our_own_is_not_that_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = psutil.cpu_times()
+    others = gauges.Others()
+    monkeypatch.setattr(others, "_started", time.perf_counter() - 10.0)
+    monkeypatch.setattr(psutil, "cpu_times", lambda: times._replace(user=times.user + 1e6))
+    assert others.cores() == pytest.approx(1e5, rel=0.1)
+    monkeypatch.setattr(psutil, "cpu_times", lambda: times._replace(idle=times.idle + 1e6))
+    assert others.cores() < 1.0
 
 
 def test_the_matrix_rate_is_that_of_some_machine() -> None:

@@ -176,7 +176,10 @@ def _resident(name: str) -> int:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
 def test_estimate_of_the_decode_peak_holds():
-    """Above what was measured, and its growth with the shape at most 60 % above the measured one's."""
+    """Above what was measured, and its growth with the shape from 20 % below to 60 % above the measured one's.
+
+    Measured here is a decode in a fresh process, without what its libraries take and what the allocator keeps.
+    """
     context, sides = multiprocessing.get_context("spawn"), (10, 18)
     results = context.Queue()
     process = context.Process(target=_decode_growth, args=(sides, results))
@@ -187,11 +190,11 @@ def test_estimate_of_the_decode_peak_holds():
     estimated = [decode_peak_bytes(config, (4, 5, side, side), torch.float32) for side in sides]
     assert measured[1] < estimated[1]
     growth = (estimated[1] - estimated[0]) / (measured[1] - measured[0])
-    assert 0.9 < growth < 1.6, (estimated, measured)
+    assert 0.8 < growth < 1.6, (estimated, measured)
 
 
 def test_estimate_follows_the_tiles():
-    config = tiny.vae().config
+    config = tiny.vae(**MEASURED_VAE).config
     shape = (4, 33, 90, 160)
     whole = decode_peak_bytes(config, shape, torch.bfloat16)
     assert decode_peak_bytes(config, shape, torch.float32) > 1.6 * whole

@@ -726,7 +726,7 @@ def _show_plan(found: Answer) -> None:
     tell(found.verdict, None if found.fits else "red")
     for number, remedy in enumerate(found.remedies):
         start = "what would make it fit, the cheapest first: " if number == 0 else "  or: "
-        tell(f"{start}{' with '.join(remedy.changes)} (estimated peak {remedy.peak / 2**30:.2f} GiB)")
+        tell(f"{start}{', '.join(remedy.changes)} (estimated peak {remedy.peak / 2**30:.2f} GiB)")
     if not found.fits and not found.remedies:
         tell("no smaller batch, dtype, offload or VAE tiling makes it fit: make it smaller or shorter")
     most = f"{found.largest_batch}{' or more' if found.largest_batch == LARGEST_BATCH else ''}"

@@ -44,15 +44,21 @@ going back to the system at once (MALLOC_MMAP_THRESHOLD_=262144)."""
 
 SLACK_MIB: Mapping[Phase, tuple[tuple[int, int], ...]] = MappingProxyType(
     {
-        "text": ((0, 0), (20, 22), (40, 48), (65, 68)),
-        "step": ((0, 0), (20, 22), (40, 48), (65, 68)),
-        "decode": ((0, 0), (16, 2), (110, 60), (240, 80), (430, 120), (930, 165)),
+        "text": ((0, 0), (20, 22), (34, 38), (66, 64), (90, 75)),
+        "step": ((0, 0), (20, 22), (34, 38), (66, 64), (90, 75)),
+        "decode": ((0, 0), (16, 6), (50, 55), (110, 76), (215, 100), (400, 120), (470, 190)),
     }
 )
 """Memory that the C allocator holds on a CPU besides the tensors, against the tensors: (MiB of tensors, MiB besides),
 with straight lines between and nothing more beyond the last. Freed tensors of up to 32 MiB stay in glibc's heap, and
-cannot always be used again; larger ones go back to the system. Fitted to what benchmarks/memory_plan.py measured: it
-differs by up to a fifth of the whole peak from run to run of the same work."""
+cannot always be used again; larger ones go back to the system. Fitted to the higher of what benchmarks/memory_plan.py
+measured: in decoding the whole peak differs by up to a fifth from run to run of the same work."""
+
+SLACK_HALF = 0.3
+"""In half precision a CPU's steps take this much more, over the tensors: the libraries' copies of operands."""
+
+SLACK_PINNED, SLACK_PINNED_MIB = 0.9, 30
+"""Streams of other packs that lie between what a pack frees, over their size, and at most (MiB)."""
 
 GPU_RUNTIME_BYTES = 768 * 2**20
 GPU_SLACK = 0.05
@@ -81,19 +87,23 @@ def runtime_bytes(phase: Phase, dtype: torch.dtype, device: torch.device | str) 
     return RUNTIME_BYTES[phase][dtype.itemsize < 4] if torch.device(device).type == "cpu" else GPU_RUNTIME_BYTES
 
 
-def slack_bytes(phase: Phase, tensors: int, device: torch.device | str) -> int:
-    """What the allocator holds besides so many bytes of tensors."""
+def slack_bytes(phase: Phase, tensors: int, dtype: torch.dtype, device: torch.device | str, others: int = 0) -> int:
+    """What the allocator holds besides so many bytes of tensors, `others` of them streams of other packs."""
     if torch.device(device).type != "cpu":
         return int(tensors * GPU_SLACK)
     points = [(size * 2**20, besides * 2**20) for size, besides in SLACK_MIB[phase]]
+    slack = points[-1][1]
     for (left, low), (right, high) in pairwise(points):
-        if tensors < right:
-            return low + (high - low) * (tensors - left) // (right - left)
-    return points[-1][1]
+        if left <= tensors < right:
+            slack = low + (high - low) * (tensors - left) // (right - left)
+    if phase == "step" and dtype.itemsize < 4:
+        slack += int(SLACK_HALF * min(tensors, points[-1][0]))
+    return slack + min(int(SLACK_PINNED * others), SLACK_PINNED_MIB * 2**20)
 
 
-def _all_told(phase: Phase, tensors: int, dtype: torch.dtype, device: torch.device | str) -> int:
-    return tensors + slack_bytes(phase, tensors, device) + runtime_bytes(phase, dtype, device)
+def _all_told(phase: Phase, tensors: int, dtype: torch.dtype, device: torch.device | str, others: int = 0) -> int:
+    slack = slack_bytes(phase, tensors, dtype, device, others)
+    return tensors + slack + runtime_bytes(phase, dtype, device)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -260,8 +270,9 @@ def step_peak_bytes(
         dtype: of the transformer.
         isolation: "exact" gives each element a pack of its own, "packed" puts all in one.
     """
-    tensors = _step_tensors(transformer_config, _by_sample(branches), dtype, isolation)
-    return _all_told("step", tensors, dtype, device)
+    samples = _by_sample(branches)
+    tensors = _step_tensors(transformer_config, samples, dtype, isolation)
+    return _all_told("step", tensors, dtype, device, _streams_of_others(transformer_config, samples, dtype, isolation))
 
 
 def _by_sample(branches: Sequence[Any]) -> list[list[BranchShape]]:
@@ -281,6 +292,17 @@ def _step_tensors(
     )
     worst = max(map(sum, _step_moments(config, packs, dtype.itemsize)), default=0)
     return worst + kept + sum(rope.values())
+
+
+def _streams_of_others(
+    config: Mapping[str, Any], samples: Sequence[Sequence[BranchShape]], dtype: torch.dtype, isolation: Isolation
+) -> int:
+    """Bytes of streams that are held while the largest pack works, and are not its own."""
+    if isolation == "packed":
+        return 0
+    rows = [sum(shape.video + shape.text for shape in sample) for sample in samples]
+    dim = config["num_attention_heads"] * config["attention_head_dim"]
+    return 3 * (sum(rows) - max(rows)) * int(dim) * dtype.itemsize
 
 
 def _step_moments(config: Mapping[str, Any], packs: Sequence[Sequence[Any]], itemsize: int) -> Iterator[list[int]]:
@@ -525,8 +547,9 @@ def plan(
     dtype: dict[Phase, torch.dtype] = {"text": precision.text, "step": precision.transformer, "decode": precision.vae}
     found: dict[Phase, int] = {}
     besides = runtime = 0  # what a process has grown by in one phase it still has in the next
+    others: dict[Phase, int] = {"step": _streams_of_others(transformer, samples, precision.transformer, isolation)}
     for phase, size in tensors.items():
-        besides = max(besides, slack_bytes(phase, size, device))
+        besides = max(besides, slack_bytes(phase, size, dtype[phase], device, others.get(phase, 0)))
         runtime = max(runtime, runtime_bytes(phase, dtype[phase], device))
         found[phase] = size + besides + runtime
     waiting = [math.prod(latents[shape]) * 4 for shape in shapes]

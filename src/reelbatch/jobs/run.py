@@ -48,7 +48,8 @@ def run(
                     yield Outcome(place, error=end.error)
                 else:
                     unwritten.append((place, end.record, writer.submit(_save, end, place, overwrite)))
-            yield from _written(unwritten, UNWRITTEN)
+            # a whole batch may end at once, and the next must not wait for its files
+            yield from _written(unwritten, max(UNWRITTEN, engine.planner.max_batch_size))
         yield from _written(unwritten, 0)
 
 

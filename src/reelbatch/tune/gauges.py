@@ -183,6 +183,28 @@ def _cpu_joules(root: Path = Path("/sys/class/powercap")) -> Callable[[], float]
     return joules
 
 
+# -- the neighbours --------------------------------------------------------------------------------
+
+
+class Others:
+    """Processor cores that other programs have used since this was made, on average."""
+
+    def __init__(self) -> None:
+        self._process = psutil.Process()
+        self._started, self._before = time.perf_counter(), self._seconds()
+
+    def cores(self) -> float:
+        wall = time.perf_counter() - self._started
+        return max(self._seconds() - self._before, 0.0) / wall if wall else 0.0
+
+    def _seconds(self) -> float:
+        """Of all processors at work, less our own."""
+        times = psutil.cpu_times()._asdict()
+        idle = {"idle", "iowait", "guest", "guest_nice"}  # guests are counted as user time already
+        own = self._process.cpu_times()
+        return float(sum(value for name, value in times.items() if name not in idle)) - own.user - own.system
+
+
 # -- arithmetic ------------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ CSS = """
 :root { color-scheme: light; --ink: #111827; --soft: #4b5563; --line: #e5e7eb; --good: #ecfdf5; --edge: #059669; }
 * { box-sizing: border-box; }
 body { margin: 0; background: #f3f4f6; color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
-main { max-width: 1180px; margin: 0 auto; padding: 24px 20px 60px; }
+main { max-width: 1240px; margin: 0 auto; padding: 24px 20px 60px; }
 h1 { font-size: 1.15rem; margin: 0; } h2 { font-size: 1.05rem; margin: 28px 0 10px; }
 .about { color: var(--soft); margin: 2px 0 18px; font-size: .92rem; }
 .advice { background: var(--good); border: 2px solid var(--edge); border-radius: 12px; padding: 18px 22px;
@@ -31,7 +31,7 @@ figure { margin: 0; background: #fff; border: 1px solid var(--line); border-radi
 figure svg { width: 100%; height: auto; display: block; }
 .scroll { overflow-x: auto; background: #fff; border: 1px solid var(--line); border-radius: 10px; }
 table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 6px 10px; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th, td { padding: 6px 7px; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; } .words { text-align: left; }
 tr.chosen td { background: var(--good); font-weight: 700; }
 code { background: #fff; border: 1px solid var(--line); border-radius: 6px; padding: 2px 8px; font-size: .92rem; }

@@ -97,6 +97,7 @@ def terminal(report: Report, width: int) -> RenderableType:
             parts += [Text(line) for line in [instead(swept)] if line]
         parts += [Text(f"\n{line}") for line in [between_dtypes(sweeps)] if line]
         parts += [Text(line, style="yellow") for line in [unquiet(sweeps)] if line]
+    parts += [Text(note, style="yellow") for note in report.notes]
     return Group(*parts)
 
 
@@ -157,7 +158,7 @@ def cells(point: Point, sweeps: list[Swept]) -> list[str]:
         significant(point.first_video_seconds),
         significant(point.last_video_seconds),
         f"{point.memory.peak / 2**30:.2f}",
-        "" if point.flops is None else f"{point.flops / 1e9:,.0f}{share}",
+        "" if point.flops is None else f"{significant(point.flops / 1e9, 2)}{share}",
     ]
     if any(name == "J a video" for name, _ in columns(sweeps)):
         row.append(energy)
@@ -260,7 +261,7 @@ def facts(sweeps: list[Swept]) -> list[str]:
 
 def checked(swept: Swept) -> str:
     """How far a full run was from the extrapolation."""
-    how = f"{swept.measured_steps} of {swept.full_steps} steps were measured and extrapolated"
+    how = f"{swept.measured_steps} or a few more of {swept.full_steps} steps were measured at a time, and extrapolated"
     if swept.check is None:
         return f"{how}, not checked by a full run"
     c = swept.check

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -13,13 +14,15 @@ from reelbatch.models.checkpoint import Components, ModelFolderError, ModelInfo,
 from reelbatch.models.precision import Precision
 from reelbatch.tune import profiles
 from reelbatch.tune.choose import NO_LIMITS, Limits
-from reelbatch.tune.gauges import tidy
+from reelbatch.tune.gauges import Others, tidy
 from reelbatch.tune.profiles import Profile
 from reelbatch.tune.quality import Alone
 from reelbatch.tune.report import Report
 from reelbatch.tune.sweep import News, Sweep, Swept
 from reelbatch.tune.workload import Workload
 
+BUSY_CORES = 0.2
+"""Cores in use by others from which a person is told."""
 REFERENCE_SHARE = 0.15
 """Of the budget, for the fp32 videos alone where fp32 itself is not measured."""
 
@@ -51,6 +54,7 @@ def tune(
         memory_limit: bytes not to be passed; None asks the device.
     """
     started = time.perf_counter()
+    others = Others()
     chosen_device = choose_device(device)
     wanted = list(dict.fromkeys(Precision.parse(dtype, chosen_device) for dtype in dtypes))
     fp32 = Precision.parse("float32", chosen_device)
@@ -96,6 +100,11 @@ def tune(
         if against_fp32 and dtype == fp32:
             references[workload.name] = sweep.alone
         stopped |= found.interrupted
+    if chosen_device.type == "cpu" and others.cores() > BUSY_CORES:
+        notes.append(
+            f"Other programs used {others.cores():.1f} of {os.cpu_count()} cores meanwhile: on a quiet machine it is "
+            "faster, and another batch size may be best. Measure again when it is quiet."
+        )
     in_order = [
         swept[workload.name, dtype] for workload in workloads for dtype in wanted if (workload.name, dtype) in swept
     ]

@@ -244,7 +244,7 @@ def report(results: list[Result], repeat: int) -> str:
 {date.today()}, {device_name("cpu")}, {versions}, Python {sys.version.split()[0]}
 
 Peak resident memory of a process above what is resident once everything is imported: weights, activations, and what
-libraries and the C allocator take. Estimates are from the configurations alone. Error is estimate over measured, less 1.
+libraries and the C allocator take. Estimates are from the configurations alone. Error: estimate over measured, less 1.
 
 - {len(errors)} peaks of {len({result.case for result in results})} batches: errors from {min(errors):+.1%} to \
 {max(errors):+.1%}

@@ -280,9 +280,7 @@ def main(
     if save and not only:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / "memory_plan_cpu.md").write_text(text, encoding="utf-8")
-        record = [
-            {**asdict(result), "date": str(date.today()), "device": device_name("cpu")} for result in results
-        ]
+        record = [{**asdict(result), "date": str(date.today()), "device": device_name("cpu")} for result in results]
         (RESULTS / "memory_plan_cpu.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 

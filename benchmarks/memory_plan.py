@@ -237,14 +237,18 @@ def report(results: list[Result], repeat: int) -> str:
             for phase in ("step", "decode")
             if (sizes := [result.measured[phase] for result in found])
         ]
-        spread = f"\nMeasured {repeat} times each: the highest peak is up to {max(spans):.0%} above the lowest.\n"
+        spread = (
+            f"- measured {repeat} times each, and not always the same: the highest peak is up to {max(spans):.0%} above "
+            "the lowest of the same work,\n  as the C allocator cannot always use again what was freed\n"
+        )
     versions = ", ".join(f"{name} {version(name)}" for name in ("reelbatch", "torch", "diffusers", "transformers"))
     return f"""# The memory plan against what was measured, on a CPU
 
 {date.today()}, {device_name("cpu")}, {versions}, Python {sys.version.split()[0]}
 
 Peak resident memory of a process above what is resident once everything is imported: weights, activations, and what
-libraries and the C allocator take. Estimates are from the configurations alone. Error: estimate over measured, less 1.
+libraries and the C allocator take. Estimates are from the configurations alone; what they assume of the allocator was
+fitted to peaks of these same batches. Error: estimate over measured, less 1.
 
 - {len(errors)} peaks of {len({result.case for result in results})} batches: errors from {min(errors):+.1%} to \
 {max(errors):+.1%}

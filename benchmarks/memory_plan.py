@@ -238,8 +238,8 @@ def report(results: list[Result], repeat: int) -> str:
             if (sizes := [result.measured[phase] for result in found])
         ]
         spread = (
-            f"- measured {repeat} times each, and not always the same: the highest peak is up to {max(spans):.0%} above "
-            "the lowest of the same work,\n  as the C allocator cannot always use again what was freed\n"
+            f"- measured {repeat} times each, not always the same: the highest peak is up to {max(spans):.0%} above\n"
+            "  the lowest of the same work, as the C allocator cannot always use again what was freed\n"
         )
     versions = ", ".join(f"{name} {version(name)}" for name in ("reelbatch", "torch", "diffusers", "transformers"))
     return f"""# The memory plan against what was measured, on a CPU

@@ -87,6 +87,7 @@ EVERYTHING = {
     "guidance": 3.5,
     "true_cfg": 2.0,
     "flow_shift": 5.0,
+    "attention_rule": "own-frame",
     "fps": 12,
     "id": "tom",
     "tags": ["night", "fur"],

@@ -299,7 +299,9 @@ class Engine:
         """Estimated bytes held at the peak of a step of those that run and one more."""
         c = self.components
         samples = [*(sample.shapes for sample in self._running), tuple(joining)]
-        return self._held + step_peak_bytes(c.transformer.config, samples, c.transformer.dtype, self.isolation)
+        return self._held + step_peak_bytes(
+            c.transformer.config, samples, c.transformer.dtype, self.isolation, device=c.device
+        )
 
     def _start_or_free(self, request: VideoRequest) -> Sample:
         try:

@@ -727,6 +727,8 @@ def _show_plan(found: Answer) -> None:
     for number, remedy in enumerate(found.remedies):
         start = "what would make it fit, the cheapest first: " if number == 0 else "  or: "
         tell(f"{start}{', '.join(remedy.changes)} (estimated peak {remedy.peak / 2**30:.2f} GiB)")
+    if any(change.startswith("--offload") for remedy in found.remedies for change in remedy.changes):
+        tell("  (offload is planned for here only: `generate` cannot do it yet)")
     if not found.fits and not found.remedies:
         tell("no smaller batch, dtype, offload or VAE tiling makes it fit: make it smaller or shorter")
     most = f"{found.largest_batch}{' or more' if found.largest_batch == LARGEST_BATCH else ''}"

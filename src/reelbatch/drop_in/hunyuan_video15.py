@@ -43,6 +43,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from reelbatch.drop_in.fix import CannotRepair, Fix, Undo, require_source
 from reelbatch.drop_in.reclass import reclass, stands_in
+from reelbatch.models.vae import frame_causal_attention
 from reelbatch.ragged import Lengths
 
 TRANSFORMER_SOURCE = (
@@ -378,22 +379,6 @@ class FrameCausalAttnBlock(HunyuanVideo15AttnBlock):
         )
         attended = frame_causal_attention(query, key, value, frames).squeeze(1).transpose(1, 2)
         return self.proj_out(attended.unflatten(2, (frames, height, width))) + x
-
-
-def frame_causal_attention(
-    query: Float[Tensor, "batch heads tokens dim"],
-    key: Float[Tensor, "batch heads tokens dim"],
-    value: Float[Tensor, "batch heads tokens dim"],
-    frames: int,
-) -> Float[Tensor, "batch heads tokens dim"]:
-    """Attention over `frames` frames of equally many tokens, each frame seeing itself and the earlier ones."""
-    frame = query.shape[2] // frames
-    ends = range(frame, frame * frames + 1, frame)
-    parts = [
-        F.scaled_dot_product_attention(query[:, :, end - frame : end], key[:, :, :end], value[:, :, :end])
-        for end in ends
-    ]
-    return torch.cat(parts, dim=2)
 
 
 def _vae_blocks(vae: AutoencoderKLHunyuanVideo15) -> list[HunyuanVideo15AttnBlock]:

@@ -21,6 +21,22 @@ from torch import Tensor
 from reelbatch.engine.memory import decode_peak_bytes
 
 
+def frame_causal_attention(
+    query: Float[Tensor, "batch heads tokens dim"],
+    key: Float[Tensor, "batch heads tokens dim"],
+    value: Float[Tensor, "batch heads tokens dim"],
+    frames: int,
+) -> Float[Tensor, "batch heads tokens dim"]:
+    """Attention over `frames` frames of equally many tokens, each frame seeing itself and the earlier ones."""
+    frame = query.shape[2] // frames
+    ends = range(frame, frame * frames + 1, frame)
+    parts = [
+        F.scaled_dot_product_attention(query[:, :, end - frame : end], key[:, :, :end], value[:, :, :end])
+        for end in ends
+    ]
+    return torch.cat(parts, dim=2)
+
+
 class FrameCausalAttnProcessor:
     """Attention over `num_frames` frames of equally many tokens, each frame seeing itself and the earlier ones."""
 
@@ -37,14 +53,7 @@ class FrameCausalAttnProcessor:
             project(normed).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
             for project in (attn.to_q, attn.to_k, attn.to_v)
         )
-        frame = hidden_states.shape[1] // num_frames
-        attended = torch.cat(
-            [
-                F.scaled_dot_product_attention(query[:, :, end - frame : end], key[:, :, :end], value[:, :, :end])
-                for end in range(frame, frame * num_frames + 1, frame)
-            ],
-            dim=2,
-        )
+        attended = frame_causal_attention(query, key, value, num_frames)
         projection, dropout = attn.to_out
         return dropout(projection(attended.transpose(1, 2).flatten(2))) + hidden_states
 

@@ -1,0 +1,108 @@
+"""`reelbatch plan`: what a batch costs in memory."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from reelbatch.cli.common import SOME_FAILED, app
+
+if TYPE_CHECKING:
+    from reelbatch.tune.plan import Answer
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        str, typer.Option(help="demo, a folder in the Diffusers layout, or hunyuanvideo-13b (no folder needed).")
+    ] = "demo",
+    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    frames: Annotated[int | None, typer.Option(help="4k + 1: 1, 5, 9, …")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Videos that share a step.")] = 1,
+    true_cfg: Annotated[float, typer.Option(min=1, help="Classifier-free guidance scale; 1 is off.")] = 1.0,
+    dtype: Annotated[str, typer.Option(help="As of `generate`: auto, float32, bfloat16, int8, part by part.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N; with --max-memory also one not here.")] = "auto",
+    isolation: Annotated[Literal["exact", "packed"], typer.Option(help="As of `generate`.")] = "exact",
+    offload: Annotated[
+        Literal["none", "component", "block"],
+        typer.Option(help="Weights on the device: all; of the component at work; of the blocks at work."),
+    ] = "none",
+    max_memory: Annotated[
+        str | None, typer.Option(help="What may be used, such as 20GiB; what the device has if not given.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Show what a batch is estimated to cost in memory, whether it fits, and what would make it fit.
+
+    Examples:
+
+    - `reelbatch plan --model hunyuanvideo-13b --device cuda --max-memory 80GiB --batch-size 2`
+
+    - `reelbatch plan --model /models/HunyuanVideo --height 544 --width 960 --frames 97`
+
+    Nothing is loaded and nothing is downloaded. The exit code is 1 for what does not fit.
+    """
+    from reelbatch.engine.memory import parse_bytes
+    from reelbatch.tune.plan import answer
+
+    found = answer(
+        model,
+        height=height,
+        width=width,
+        frames=frames,
+        batch_size=batch_size,
+        cfg=true_cfg > 1,
+        dtype=dtype,
+        device=device,
+        isolation=isolation,
+        offload=offload,
+        max_memory=None if max_memory is None else parse_bytes(max_memory),
+    )
+    if as_json:
+        typer.echo(json.dumps(found.record()))
+    else:
+        _show_plan(found)
+    raise typer.Exit(0 if found.fits else SOME_FAILED)
+
+
+def _show_plan(found: Answer) -> None:
+    from rich.table import Table
+
+    from reelbatch.engine.memory import how_far_off
+    from reelbatch.tune.plan import LARGEST_BATCH, PHASES
+
+    setup, shape = found.setup, found.setup.shape
+    title = (
+        f"{setup.network.name}: {setup.batch_size} × {shape.width}×{shape.height}, {shape.frames} frames"
+        f"{', true CFG' if shape.cfg else ''}; {setup.precision}, {setup.isolation}, offload {setup.offload}, "
+        f"{setup.device}"
+    )
+    table = Table("phase", title=title)
+    for column in ("weights GiB", "activations GiB", "estimated peak GiB"):
+        table.add_column(column, justify="right")
+    for phase, total in found.plan.phases.items():
+        sizes = (found.plan.weights[phase], getattr(found.plan, phase), total)
+        table.add_row(PHASES[phase], *(f"{size / 2**30:.2f}" for size in sizes))
+    answer = Console()
+
+    def tell(text: str, style: str | None = None) -> None:
+        answer.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+    answer.print(table)
+    if setup.held:
+        tell(f"besides, this process holds {setup.held / 2**30:.2f} GiB before a model is loaded")
+    tell(found.verdict, None if found.fits else "red")
+    for number, remedy in enumerate(found.remedies):
+        start = "what would make it fit, the cheapest first: " if number == 0 else "  or: "
+        tell(f"{start}{', '.join(remedy.changes)} (estimated peak {remedy.peak / 2**30:.2f} GiB)")
+    if any(change.startswith("--offload") for remedy in found.remedies for change in remedy.changes):
+        tell("  (offload is planned for here only: `generate` cannot do it yet)")
+    if not found.fits and not found.remedies:
+        tell("no smaller batch, dtype, offload or VAE tiling makes it fit: make it smaller or shorter")
+    most = f"{found.largest_batch}{' or more' if found.largest_batch == LARGEST_BATCH else ''}"
+    tell(f"largest batch that fits as it is set: {most if found.largest_batch else 'none'}")
+    tell(how_far_off(setup.device))

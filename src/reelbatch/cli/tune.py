@@ -1,0 +1,220 @@
+"""`reelbatch tune`: which batch size to use."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from reelbatch.cli.common import (
+    BOUNDS,
+    ENGINE,
+    INTERRUPTED,
+    MEASURED,
+    OUTPUT,
+    SOME_FAILED,
+    app,
+    check_writable,
+    console,
+    interruptible,
+    quiet_libraries,
+    say,
+    warnings_as_lines,
+)
+
+if TYPE_CHECKING:
+    from reelbatch.models.checkpoint import ModelInfo
+    from reelbatch.tune.workload import Workload
+
+
+@app.command()
+def tune(
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="WIDTHxHEIGHTxFRAMES, as 1280x720x129; may be repeated. The model's own if not given.",
+            rich_help_panel=MEASURED,
+        ),
+    ] = None,
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompts",
+            help="A prompt file as `generate` takes it: its mix of shapes is what is measured.",
+            rich_help_panel=MEASURED,
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Denoising steps; the model's own if not given.", rich_help_panel=MEASURED)
+    ] = None,
+    true_cfg: Annotated[
+        float | None,
+        typer.Option(help="Classifier-free guidance scale; above 1, a step costs two.", rich_help_panel=MEASURED),
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="demo, a folder in the Diffusers layout, or a hub id.", rich_help_panel=ENGINE)
+    ] = "demo",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N.", rich_help_panel=ENGINE)] = "auto",
+    dtype: Annotated[str, typer.Option(help="As `generate` takes it.", rich_help_panel=ENGINE)] = "auto",
+    dtypes: Annotated[
+        str | None,
+        typer.Option(
+            help="Several between commas, as fp32,bf16, in one table; their quality is against fp32 alone.",
+            rich_help_panel=ENGINE,
+        ),
+    ] = None,
+    attention: Annotated[
+        str, typer.Option(help="Attention kernel: auto, or a name that `doctor` shows.", rich_help_panel=ENGINE)
+    ] = "auto",
+    budget: Annotated[str, typer.Option(help="Time for all of it, as 90s, 5m, 1h.", rich_help_panel=BOUNDS)] = "90s",
+    max_latency: Annotated[
+        str | None,
+        typer.Option(help="Longest wait for the last video of a batch, as 30s or 10m.", rich_help_panel=BOUNDS),
+    ] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(help="Most memory at the peak, as 20GiB.", rich_help_panel=BOUNDS)
+    ] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Largest batch size tried.", rich_help_panel=BOUNDS)] = 32,
+    out: Annotated[
+        Path, typer.Option(help="Folder for tune.html, tune.json and the pictures.", rich_help_panel=OUTPUT)
+    ] = Path("out/tune"),
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object, and no table.", rich_help_panel=OUTPUT)
+    ] = False,
+    show: Annotated[
+        bool, typer.Option("--show", help="List the stored profiles and measure nothing.", rich_help_panel=OUTPUT)
+    ] = False,
+) -> None:
+    """Measure batch sizes on this machine, and say which to use and why.
+
+    Examples:
+
+    - `reelbatch tune`: the bundled model at its own size, in 90 seconds
+
+    - `reelbatch tune --model /models/HunyuanVideo --shape 960x544x97 --budget 30m --max-latency 20m`
+
+    - `reelbatch tune --prompts suite.csv --dtypes fp32,bf16`
+
+    Batches of growing size are run, in both isolations: a few steps each, extrapolated to full videos, and checked by
+    a full run. The advice is the smallest batch within 5 % of the best throughput that keeps to the limits; exact
+    isolation unless packed is more than 10 % faster. `generate` then takes it when --batch-size is not given.
+    Other programs on the machine make the figures worse: measure when it is quiet. Ctrl-C keeps what was measured.
+    """
+    from reelbatch.engine.memory import parse_bytes
+    from reelbatch.tune import report as tune_report
+    from reelbatch.tune import run as tune_run
+    from reelbatch.tune.choose import Limits
+    from reelbatch.tune.display import Display
+
+    if show:
+        _show_profiles(as_json)
+        return
+    if dtypes is not None and dtype != "auto":
+        raise ValueError(f"--dtype {dtype} and --dtypes {dtypes} were given; give one of them")
+    limits = Limits(
+        None if max_latency is None else tune_run.parse_seconds(max_latency, "--max-latency"),
+        None if max_memory is None else parse_bytes(max_memory),
+    )
+    seconds = tune_run.parse_seconds(budget, "--budget")
+    several = [dtype] if dtypes is None else tune_run.parse_dtypes(dtypes)
+    info, workloads = _workloads(model, shape or [], prompt_file, steps, true_cfg, max_batch)
+    check_writable(out)
+    quiet_libraries()
+    with warnings_as_lines(), interruptible() as interrupted, Display(console) as display:
+        found = tune_run.tune(
+            info,
+            workloads,
+            device=device,
+            dtypes=several,
+            against_fp32=dtypes is not None,
+            attention=attention,
+            budget=seconds,
+            limits=limits,
+            largest=max_batch,
+            tell=display.tell,
+            stopping=lambda: bool(interrupted),
+        )
+    files = tune_report.write(found, out)
+    if as_json:
+        typer.echo(json.dumps(tune_report.record(found)))
+    else:
+        answer = Console()
+        answer.print(tune_report.terminal(found, answer.width))
+    say(f"page: {files['html']}; figures: {files['json']}")
+    if interrupted:
+        say("stopped; this is what was measured until then, and no profile was stored")
+        raise typer.Exit(INTERRUPTED)
+    if found.profiles:
+        say(
+            "stored: `generate` takes this batch size when --batch-size is not given (tune --show lists what is stored)"
+        )
+    raise typer.Exit(0 if all(swept.choice for swept in found.sweeps) else SOME_FAILED)
+
+
+def _workloads(
+    model: str,
+    shape: Sequence[str],
+    prompt_file: Path | None,
+    steps: int | None,
+    true_cfg: float | None,
+    largest: int,
+) -> tuple[ModelInfo, list[Workload]]:
+    """The model, and what is to be measured with it."""
+    from reelbatch.jobs.prompts import make_requests, read_entries
+    from reelbatch.models.checkpoint import inspect, resolve
+    from reelbatch.tune import workload
+
+    if prompt_file is not None and shape:
+        raise ValueError("--prompts and --shape were given; a prompt file says its shapes itself: give one of them")
+    shapes = [workload.parse_shape(text) for text in shape] or [{}]
+    info = inspect(resolve(model))
+    fields: dict[str, Any] = {
+        name: value for name, value in (("steps", steps), ("true_cfg", true_cfg)) if value is not None
+    }
+    if prompt_file is not None:
+        requests = make_requests(read_entries(prompt_file), fields, first_seed=0, limits=info.limits)
+        return info, [workload.of_mix(requests, prompt_file.name)]
+    if true_cfg is not None and true_cfg > 1:
+        fields["negative_prompt"] = ""
+    made = [workload.of_shape(info, fields | sizes, largest) for sizes in shapes]
+    return info, list({one.name: one for one in made}.values())
+
+
+def _show_profiles(as_json: bool) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from reelbatch.tune import profiles
+
+    stored = profiles.stored()
+    if as_json:
+        known = [
+            {"file": str(path), "profile": None, "problem": found}
+            if isinstance(found, str)
+            else {"file": str(path), "profile": found.model_dump(mode="json"), "problem": profiles.stale(found)}
+            for path, found in stored
+        ]
+        typer.echo(json.dumps(known))
+        return
+    if not stored:
+        say(f"no profile is stored in {profiles.cache_folder()}: `reelbatch tune` makes one")
+        return
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    for column in ("model", "shapes", "dtype", "batch", "isolation", "videos/h", "measured"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("here")
+    for path, found in stored:
+        if isinstance(found, str):
+            table.add_row(path.name, *[""] * 6, found)
+            continue
+        about = found.identity
+        kind = about.dtype if about.attention == "auto" else f"{about.dtype}, {about.attention}"
+        row = (about.model, about.shapes, kind, str(found.batch_size), found.isolation)
+        rate = f"{found.videos_per_hour:,.0f}" if found.videos_per_hour >= 100 else f"{found.videos_per_hour:.2f}"
+        table.add_row(*row, rate, str(found.measured), profiles.stale_in_short(found) or "usable")
+    Console().print(table)
+    say(f"kept in {profiles.cache_folder()}; a file that is deleted there is forgotten")

@@ -2,7 +2,8 @@
 
     python benchmarks/real_limit.py
 
-The child loads the bundled model, sets RLIMIT_AS to so much above what it holds then, and goes to work (Linux).
+The child loads the bundled model, sets RLIMIT_AS to so much above what it holds then, and goes to work (Linux). No
+files are written: the threads of the video encoder would take address space of their own.
 """
 
 from __future__ import annotations
@@ -11,8 +12,6 @@ import os
 import resource
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import Annotated, Literal
 
 import psutil
@@ -20,29 +19,28 @@ import torch
 import typer
 
 from reelbatch import VideoRequest
-from reelbatch.engine.engine import Engine
+from reelbatch.engine.engine import Engine, Failure
 from reelbatch.engine.recovery import is_out_of_memory
-from reelbatch.jobs.run import run
 from reelbatch.models.checkpoint import DEMO_FOLDER, load
-from reelbatch.video import places
 
 SIDE = 512
 
 Way = Literal["at once", "engine"]
 
 
-def child(way: Way, above_mib: int, count: int, out: Path) -> None:
+def child(way: Way, above_mib: int, count: int, side: int) -> None:
     engine = Engine(load(DEMO_FOLDER, "cpu", torch.float32), isolation="packed", max_batch_size=count)
-    fields = {"height": SIDE, "width": SIDE, "frames": 1, "steps": 1, "true_cfg": 2.0, "negative_prompt": ""}
+    fields = {"height": side, "width": side, "frames": 1, "steps": 1, "true_cfg": 2.0, "negative_prompt": ""}
     requests = [VideoRequest(prompt="a large red circle", seed=i, id=f"r{i:02}", **fields) for i in range(count)]
     limit = psutil.Process().memory_info().vms + above_mib * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     if way == "at once":
         print(_at_once(engine, requests))
         return
-    outcomes = list(run(engine, places(requests, out, engine.info)))
-    errors = [str(outcome.error) for outcome in outcomes if outcome.error]
-    print(f"{len(outcomes) - len(errors)} of {count} videos made", *errors, sep="; ")
+    for request in requests:
+        engine.submit(request)
+    errors = [str(end.error) for end in engine.run() if isinstance(end, Failure)]
+    print(f"{count - len(errors)} of {count} videos made", *errors, sep="; ")
 
 
 def _at_once(engine: Engine, requests: list[VideoRequest]) -> str:
@@ -54,22 +52,11 @@ def _at_once(engine: Engine, requests: list[VideoRequest]) -> str:
     return "it fits"
 
 
-def measure(way: Way, above_mib: int, count: int) -> tuple[str, list[str]]:
+def measure(way: Way, above_mib: int, count: int, side: int = SIDE) -> tuple[str, list[str]]:
     """What the child said at its end, and its lines about memory on the way."""
-    with tempfile.TemporaryDirectory() as out:
-        words = [
-            sys.executable,
-            __file__,
-            "--child",
-            way,
-            "--above",
-            str(above_mib),
-            "--count",
-            str(count),
-            "--out",
-            out,
-        ]
-        done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    options = {"--child": way, "--above": above_mib, "--count": count, "--side": side}
+    words = [sys.executable, __file__, *(str(word) for option in options.items() for word in option)]
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     if done.returncode:
         raise RuntimeError(done.stderr)
     said = [line for line in done.stderr.splitlines() if line.startswith("out of memory")]
@@ -78,16 +65,16 @@ def measure(way: Way, above_mib: int, count: int) -> tuple[str, list[str]]:
 
 def main(
     above: Annotated[int, typer.Option(help="MiB above what the loaded model takes.")] = 200,
-    count: Annotated[int, typer.Option(help="Videos of 512×512, one frame, with classifier-free guidance.")] = 8,
+    count: Annotated[int, typer.Option(help="Videos of one frame, with classifier-free guidance.")] = 8,
+    side: Annotated[int, typer.Option(help="Pixels on a side.")] = SIDE,
     child_way: Annotated[str, typer.Option("--child", hidden=True)] = "",
-    out: Annotated[Path | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Runs the job both ways under the limit and prints what became of it."""
     if child_way:
-        child("at once" if child_way == "at once" else "engine", above, count, out or Path())
+        child("at once" if child_way == "at once" else "engine", above, count, side)
         return
     for way in ("at once", "engine"):
-        result, said = measure(way, above, count)
+        result, said = measure(way, above, count, side)
         print(f"{way}: {result}")
         for line in said:
             print(f"    {line}")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -99,3 +102,12 @@ def test_eight_bit_weights_take_one_byte_and_change_little(tiny_folder: Path) ->
         assert video.latents is not None and expected.latents is not None
         error = (video.latents - expected.latents).norm() / expected.latents.norm()
         assert 0 < error < 0.05
+
+
+def test_importing_is_silent(tmp_path: Path) -> None:
+    words = "from reelbatch import Engine; import torchao; import logging; assert logging.root.manager.disable == 0"
+    loud = {"DIFFUSERS_VERBOSITY": "warning", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", words], capture_output=True, text=True, env={**os.environ, **loud}, cwd=tmp_path
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -8,6 +8,7 @@ import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -19,7 +20,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from reelbatch.cli import app
+from reelbatch.engine.memory import Network, VideoShape, plan
 from reelbatch.models.checkpoint import Components, ModelInfo, inspect, load
+from reelbatch.models.precision import Precision
 from reelbatch.request import RequestError, VideoRequest
 from reelbatch.tune import gauges, profiles, report, run, sweep, workload
 from reelbatch.tune.choose import NEAR_BEST, PACKED_MUST_WIN, Limits, NothingKept, choose
@@ -534,7 +537,7 @@ def test_a_stale_or_foreign_profile_is_refused_with_the_reason(
     found = profiles.find(about)
     assert found.profile is None
     assert reason in found.refused
-    size, line = profiles.advice([about], "exact", 8)
+    size, line, _ = profiles.advice([about], "exact", 8)
     assert size == 8
     assert reason in line
     if "versions" in change or "device" in change:
@@ -547,7 +550,7 @@ def test_a_stale_or_foreign_profile_is_refused_with_the_reason(
 def test_other_models_profiles_are_nothing_to_speak_of(cache: Path, about: profiles.Identity) -> None:
     profiles.store(profile(about.model_copy(update={"model": "another"})))
     assert profiles.find(about) == (None, None)
-    assert profiles.advice([about], "exact", 8) == (8, None)
+    assert profiles.advice([about], "exact", 8) == (8, None, "none")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 2}', "\x00", '{"batch_size": 0}'])
@@ -562,7 +565,7 @@ def test_a_damaged_profile_is_refused_with_its_name(cache: Path, about: profiles
 
 def test_a_profile_changes_the_batch_size_and_never_the_isolation(cache: Path, about: profiles.Identity) -> None:
     profiles.store(profile(about))
-    size, line = profiles.advice([about], "exact", 8)
+    size, line, _ = profiles.advice([about], "exact", 8)
     assert size == 2
     assert "packed was faster there (--isolation packed, batch size 6)" in line
     assert profiles.advice([about], "packed", 8)[0] == 6
@@ -597,6 +600,134 @@ def test_the_cache_folder_is_the_users_unless_named(monkeypatch: pytest.MonkeyPa
     assert profiles.cache_folder().name == "reelbatch"
     monkeypatch.setenv("REELBATCH_CACHE", str(tmp_path / "mine"))
     assert profiles.cache_folder() == tmp_path / "mine"
+
+
+# -- offload ---------------------------------------------------------------------------------------
+
+
+def test_the_first_offload_that_fits_by_the_plans_estimate_is_taken(
+    info: ModelInfo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, shape = Network.hunyuanvideo_13b(), VideoShape(544, 960, 97)
+    monkeypatch.setattr(run, "Network", SimpleNamespace(from_info=lambda info: network))
+    asked = [workload.Workload("w", "s", (request(height=544, width=960, frames=97),), 1)]
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    bf16, int8 = Precision.parse("bf16", cuda), Precision.parse("int8", cuda)
+    kinds = ("none", "component", "block")
+    peaks = [plan(network, [shape], dtypes=bf16, offload=kind, tiled=True, device=cuda).peak for kind in kinds]
+    assert sorted(peaks, reverse=True) == peaks
+    for available, kind, told in (
+        (peaks[0], "none", None),
+        (peaks[0] - 1, "component", "Measured with --offload component (bfloat16): one video is estimated to take "),
+        (peaks[1] - 1, "block", "Measured with --offload block"),
+        (peaks[2] - 1, "none", "One video is estimated to take "),
+    ):
+        found, why = run.first_that_fits(info, asked, cuda, bf16, Limits(max_memory=available))
+        assert found == kind
+        assert why == told if told is None else why.startswith(told)
+        monkeypatch.setattr(run, "device_memory_bytes", lambda device, have=available: have)
+        assert run.first_that_fits(info, asked, cuda, bf16, Limits()) == (found, why)
+    monkeypatch.setattr(run, "held_bytes", lambda device: GIB)
+    on_cpu = [plan(network, [shape], dtypes=bf16, offload=kind, tiled=True, device=cpu).peak for kind in kinds]
+    enough = Limits(max_memory=on_cpu[1] + GIB)  # with what the process holds
+    assert run.first_that_fits(info, asked, cpu, bf16, enough)[0] == "block"  # there is no component on the CPU
+    assert run.first_that_fits(info, asked, cpu, int8, Limits(max_memory=GIB))[0] == "none"
+
+
+def test_a_sweep_with_offload_says_so_everywhere_and_keeps_it(
+    info: ModelInfo, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free: list[str] = []
+    first = run.first_that_fits
+
+    def short_of_memory(*args: object) -> tuple[str, str]:
+        free.append(first(*args)[0])
+        return "block", "Measured with --offload block (float32): one video is estimated to take more."
+
+    monkeypatch.setattr(run, "first_that_fits", short_of_memory)
+    found = run.tune(info, [small(info, 2)], device="cpu", dtypes=["fp32"], budget=6, largest=2)
+    assert free == ["none"]  # this model fits this machine
+    (swept,) = found.sweeps
+    assert swept.offload == "block"
+    assert {point.batch for point in swept.points} >= {1, 2}
+    assert all(p.quality.equal for p in swept.points if p.isolation == "exact" and p.quality)
+    assert all(point.memory.weights == 0 for point in swept.points)
+    assert report.record(found)["sweeps"][0]["offload"] == "block"
+    page = report.write(found, tmp_path / "o")["html"].read_text(encoding="utf-8")
+    assert " --offload block</code></p>" in page
+    assert "isolation, offload block</div>" in page
+    console = Console(width=100, record=True, file=open(tmp_path / "t", "w"))  # noqa: SIM115
+    console.print(report.terminal(found, 100))
+    text = console.export_text()
+    assert ", 3 steps, offload block" in text
+    assert f"Use --batch-size {swept.choice.batch} --offload block, " in text
+    assert "only the weights of the block at work are on the device" in text
+    assert "estimated to take more" in text
+    ((_, kept),) = profiles.stored()
+    assert kept.offload == "block"
+    found = profiles.advice([kept.identity], "exact", 8)
+    assert (found.batch_size, found.offload) == (swept.choice.exact_batch, "block")
+    assert found.line.startswith(f"batch size {found.batch_size}, offload block: as tuned for 32×32×5 on ")
+    other = profiles.advice([kept.identity], "exact", 8, "none")
+    assert other.batch_size == 8
+    assert other.offload == "none"
+    assert "it was measured with --offload block, and this is none" in other.line
+    assert profiles.advice([kept.identity], "exact", 8, "block") == found
+
+
+def test_offload_can_be_asked_for_and_what_cannot_be_is_refused(
+    info: ModelInfo, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "first_that_fits", lambda *_: pytest.fail("it was said"))
+    found = run.tune(info, [small(info, 1)], device="cpu", budget=3, largest=1, offload="block", keep=False)
+    assert found.sweeps[0].offload == "block"
+    assert not found.notes or "estimated" not in found.notes[0]
+    monkeypatch.setattr(run, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+    with pytest.raises(ValueError, match="use offload 'block'"):
+        run.tune(info, [small(info, 1)], device="cpu", offload="component")
+    with pytest.raises(ValueError, match="8-bit weights cannot be offloaded to disk"):
+        run.tune(info, [small(info, 1)], device="cpu", dtypes=["fp32", "int8"], offload="block")
+
+
+def test_a_profile_of_before_there_was_offload_is_read_and_a_mix_takes_what_fits_all(
+    cache: Path, about: profiles.Identity
+) -> None:
+    path = profiles.store(profile(about))
+    old = json.loads(path.read_text(encoding="utf-8"))
+    del old["offload"]
+    path.write_text(json.dumps(old), encoding="utf-8")
+    assert profiles.find(about).profile.offload == "none"
+    assert profiles.advice([about], "exact", 8).offload == "none"
+    path.write_text(json.dumps(old | {"offload": "layer"}), encoding="utf-8")
+    assert "is damaged or of another version (offload:" in profiles.find(about).refused
+    parts = [about.model_copy(update={"shapes": shapes}) for shapes in ("32×32×9", "64×64×9")]
+    profiles.store(profile(parts[0], exact_batch_size=4))
+    profiles.store(profile(parts[1], exact_batch_size=6, offload="block"))
+    mix = about.model_copy(update={"shapes": "32×32×9 + 64×64×9"})
+    found = profiles.advice([mix, *parts], "exact", 8)
+    assert (found.batch_size, found.offload) == (4, "block")
+
+
+def test_generate_takes_the_tuned_offload_unless_told_otherwise(tiny_folder: Path, here: Path) -> None:
+    tuned = profiles.identity(tiny_folder, inspect(tiny_folder).name, "32×32×5", device="cpu")
+    profiles.store(profile(tuned, exact_batch_size=2, isolation="exact", offload="block"))
+    asked = ("generate", "a cat", "a dog", "--model", tiny_folder, "--device", "cpu", "--frames", "5", "--json")
+
+    def made(out: str, *words: str) -> tuple[set[str], str]:
+        result = call(*asked, *words, "--out", out)
+        assert result.exit_code == 0, result.output
+        return {json.loads(line)["offload"] for line in result.stdout.splitlines()}, result.stderr
+
+    offload, told = made("o1")
+    assert offload == {"block"}
+    assert "batch size 2, offload block: as tuned" in told
+    assert made("o2", "--batch-size", "2")[0] == {"none"}
+    offload, told = made("o3", "--offload", "none")
+    assert offload == {"none"}
+    assert "the stored profile is not used: it was measured with --offload block" in told
+    assert made("o4", "--offload", "block", "--batch-size", "1")[0] == {"block"}
+    refused = call(*asked, "--offload", "component", "--out", "o5")
+    assert "use offload 'block'" in str(refused.exception)
 
 
 # -- what is shown ---------------------------------------------------------------------------------

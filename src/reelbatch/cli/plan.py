@@ -34,6 +34,14 @@ def plan(
     max_memory: Annotated[
         str | None, typer.Option(help="What may be used, such as 20GiB; what the device has if not given.")
     ] = None,
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate",
+            help="First make a few small videos and measure them: later plans for this model, device and dtype are "
+            "corrected by it.",
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Show what a batch is estimated to cost in memory, whether it fits, and what would make it fit.
@@ -44,11 +52,15 @@ def plan(
 
     - `reelbatch plan --model /models/HunyuanVideo --height 544 --width 960 --frames 97`
 
-    Nothing is loaded and nothing is downloaded. The exit code is 1 for what does not fit.
+    Nothing is downloaded, and without --calibrate nothing is loaded. The exit code is 1 for what does not fit.
     """
     from reelbatch.engine.memory import parse_bytes
     from reelbatch.tune.plan import answer
 
+    if calibrate:
+        from reelbatch.tune import calibrate as measured
+
+        measured.calibrate(model, device=device, dtype=dtype)
     found = answer(
         model,
         height=height,
@@ -99,10 +111,10 @@ def _show_plan(found: Answer) -> None:
     for number, remedy in enumerate(found.remedies):
         start = "what would make it fit, the cheapest first: " if number == 0 else "  or: "
         tell(f"{start}{', '.join(remedy.changes)} (estimated peak {remedy.peak / 2**30:.2f} GiB)")
-    if any(change.startswith("--offload") for remedy in found.remedies for change in remedy.changes):
-        tell("  (offload is planned for here only: `generate` cannot do it yet)")
     if not found.fits and not found.remedies:
         tell("no smaller batch, dtype, offload or VAE tiling makes it fit: make it smaller or shorter")
     most = f"{found.largest_batch}{' or more' if found.largest_batch == LARGEST_BATCH else ''}"
     tell(f"largest batch that fits as it is set: {most if found.largest_batch else 'none'}")
+    if found.calibrated:
+        tell(found.calibrated)
     tell(how_far_off(setup.device))

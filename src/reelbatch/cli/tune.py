@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -70,6 +70,14 @@ def tune(
     attention: Annotated[
         str, typer.Option(help="Attention kernel: auto, or a name that `doctor` shows.", rich_help_panel=ENGINE)
     ] = "auto",
+    offload: Annotated[
+        Literal["none", "component", "block"] | None,
+        typer.Option(
+            help="Weights on the device: all; of the component at work; of the blocks at work. The first that one "
+            "video is estimated to fit with, if not given.",
+            rich_help_panel=ENGINE,
+        ),
+    ] = None,
     budget: Annotated[str, typer.Option(help="Time for all of it, as 90s, 5m, 1h.", rich_help_panel=BOUNDS)] = "90s",
     max_latency: Annotated[
         str | None,
@@ -135,6 +143,7 @@ def tune(
             budget=seconds,
             limits=limits,
             largest=max_batch,
+            offload=offload,
             tell=display.tell,
             stopping=lambda: bool(interrupted),
         )
@@ -150,7 +159,8 @@ def tune(
         raise typer.Exit(INTERRUPTED)
     if found.profiles:
         say(
-            "stored: `generate` takes this batch size when --batch-size is not given (tune --show lists what is stored)"
+            "stored: `generate` takes this batch size (and offload) when --batch-size is not given (tune --show lists "
+            "what is stored)"
         )
     raise typer.Exit(0 if all(swept.choice for swept in found.sweeps) else SOME_FAILED)
 
@@ -213,7 +223,8 @@ def _show_profiles(as_json: bool) -> None:
             continue
         about = found.identity
         kind = about.dtype if about.attention == "auto" else f"{about.dtype}, {about.attention}"
-        row = (about.model, about.shapes, kind, str(found.batch_size), found.isolation)
+        how = found.isolation if found.offload == "none" else f"{found.isolation}, offload {found.offload}"
+        row = (about.model, about.shapes, kind, str(found.batch_size), how)
         rate = f"{found.videos_per_hour:,.0f}" if found.videos_per_hour >= 100 else f"{found.videos_per_hour:.2f}"
         table.add_row(*row, rate, str(found.measured), profiles.stale_in_short(found) or "usable")
     Console().print(table)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 import torch
@@ -17,10 +20,10 @@ from torch import Tensor
 from reelbatch import __version__
 from reelbatch.attention import AUTO, Setting, choose, rule_named
 from reelbatch.engine import flow
-from reelbatch.engine.memory import device_memory_bytes, held_bytes, step_peak_bytes
+from reelbatch.engine.memory import Offload, device_memory_bytes, held_bytes, step_peak_bytes
 from reelbatch.engine.planner import Isolation, Planner
 from reelbatch.engine.recovery import OutOfMemory, free_memory, gibibytes, is_out_of_memory, log
-from reelbatch.engine.sample import Sample, draw_noise
+from reelbatch.engine.sample import Sample, SavedState, draw_noise
 from reelbatch.models.checkpoint import Components, load, resolve
 from reelbatch.models.hunyuan_video import BranchShape
 from reelbatch.models.precision import Precision
@@ -30,8 +33,12 @@ from reelbatch.request import ModelLimits, VideoRequest
 from reelbatch.video import Video
 
 Result = TypeVar("Result")
+Decoded = tuple[Tensor, float]
+"""Frames, and the seconds that decoding took."""
 Way = tuple[str, Callable[[], AbstractContextManager[None]]]
 """A way to do with less memory: what to call it, and what to enter while working so."""
+TEXT_WINDOW = 16
+"""Requests in line whose texts are encoded while the text encoders are on the device, where they come and go."""
 SMALLER_TILES = (128, 64)
 """Pixels on a side of the VAE tiles that are tried when decoding runs out of memory."""
 
@@ -83,6 +90,8 @@ class Engine:
         videos = engine.generate([VideoRequest(prompt="a large red circle moving left on a black background")])
 
     Attributes:
+        decode_beside: finished samples that may be decoded beside the next steps, in a thread; 0 decodes them between
+            the steps, as does a memory limit, whose estimates know one phase at a time.
         on_progress: called with a `Progress` whenever a request gets further.
         should_cancel: asked with a request's id before each step; True ends that request alone.
     """
@@ -103,9 +112,12 @@ class Engine:
         choose(Setting(components.device.type, components.transformer.dtype, "none"), attention)
         components.transformer.set_attention_backend(attention)
         self.max_memory = max_memory
+        self.decode_beside = 0
+        if components.residence is not None:
+            components.residence.leave()
         self._held = held_bytes(components.device)
         if max_memory is not None:
-            above = max(max_memory - self._held, 0)
+            above = max(max_memory - self._held - components.visiting_bytes("vae"), 0)
             known = components.decoder.tile_above_bytes
             decoder = VideoDecoder(components.decoder.vae, above if known is None else min(above, known))
             components = replace(components, decoder=decoder)
@@ -116,7 +128,10 @@ class Engine:
         self.on_progress: Callable[[Progress], None] | None = None
         self.should_cancel: Callable[[str], bool] | None = None
         self._waiting: deque[VideoRequest] = deque()
+        self._saved: dict[str, SavedState] = {}
         self._running: list[Sample] = []
+        self._decoding: deque[tuple[Sample, Future[Decoded]]] = deque()
+        self._decoder_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decoder")
         self._ids: set[str] = set()
         self._cancelled: set[str] = set()
 
@@ -133,6 +148,8 @@ class Engine:
         keep_latents: bool = False,
         attention: str = AUTO,
         max_memory: int | None = None,
+        offload: Offload = "none",
+        lora: Sequence[tuple[str | Path, float]] = (),
     ) -> Engine:
         """Opens a model folder and makes an engine of it.
 
@@ -148,13 +165,18 @@ class Engine:
             max_memory: bytes that this process (on a GPU: its allocations there) may hold. Samples wait rather than
                 overrun it, by estimate; what does not fit alone fails alone.
             attention: the kernel, a name in `reelbatch.attention.BACKENDS`; "auto" takes the best that there is.
+            offload: which weights are on the device: "none" waits elsewhere; "component", those of the component at
+                work; "block", of the transformer and Llama those of the block at work. Videos are the same to the bit.
+            lora: LoRA files that act on the transformer, each with its scale.
 
         Raises:
+            LoraError: if a LoRA file cannot be read, or is not of this model.
             AttentionBackendError: if the attention backend cannot run here, with those that can.
             ModelFolderError: if the folder is not a model that can run, with the file and the remedy.
+            ValueError: for an offload that cannot be here, with the one that can.
         """
         return cls(
-            load(resolve(model), device, dtype),
+            load(resolve(model), device, dtype, offload=offload, lora=lora),
             isolation=isolation,
             max_batch_size=max_batch_size,
             max_batch_tokens=max_batch_tokens,
@@ -184,6 +206,11 @@ class Engine:
         return len(self._running)
 
     @property
+    def busy(self) -> bool:
+        """Whether a request is in line, runs, or is decoded."""
+        return bool(self._waiting or self._running or self._decoding)
+
+    @property
     def info(self) -> dict[str, Any]:
         """What it takes to make these videos again: model, device, dtype, isolation and versions."""
         return {
@@ -192,14 +219,18 @@ class Engine:
             "dtype": str(self.components.precision),
             "isolation": self.isolation,
             "attention": self.components.transformer.attention_backend,
+            "offload": self.components.offload,
             "versions": {"reelbatch": __version__}
             | {name: version(name) for name in ("torch", "diffusers", "transformers")},
         }
 
     # -- working -----------------------------------------------------------------------------------
 
-    def submit(self, request: VideoRequest) -> str:
+    def submit(self, request: VideoRequest, saved: SavedState | None = None) -> str:
         """Puts a request in line and returns its id. It joins between two steps, as soon as there is room.
+
+        Args:
+            saved: where an earlier run of the same request stopped, as `states` gave it; it goes on from there.
 
         Raises:
             RequestError: if the model cannot make it, or a request of this id is already here.
@@ -207,9 +238,16 @@ class Engine:
         request = request.for_model(self.limits)
         if request.id in self._ids:
             raise ValueError(f"id is {request.id!r}, which another request in line has; ids must differ.")
+        if saved is not None:
+            saved.check(request, self._latent_shape(request))
+            self._saved[request.id] = saved
         self._ids.add(request.id)
         self._waiting.append(request)
         return request.id
+
+    def states(self) -> dict[str, SavedState]:
+        """Where those that run stand, by id: what it takes to go on with them in another process."""
+        return {sample.request.id: sample.save() for sample in self._running}
 
     def cancel(self, id: str) -> None:
         """Ends one request before its next step; the others go on. An id that is not here is ignored."""
@@ -221,12 +259,16 @@ class Engine:
         if self._running:
             started = time.perf_counter()
             ended += self._advance(self._velocities(self._running), started)
-        return ended
+        return [*ended, *self._decoded(leave=self.decode_beside if self._running else 0)]
 
     def run(self) -> Iterator[Video | Failure]:
         """Steps until nothing is left, giving each video as soon as it is done. Requests may be submitted meanwhile."""
-        while self._waiting or self._running:
+        while self.busy:
             yield from self.step()
+
+    def drain(self) -> list[Video | Failure]:
+        """What is past its last step; no further step is taken."""
+        return list(self._decoded(leave=0))
 
     def generate(self, requests: Sequence[VideoRequest]) -> list[Video]:
         """The videos of these requests, in their order.
@@ -268,14 +310,26 @@ class Engine:
             self._report(request, "text", 0)
             try:
                 self._refuse_too_large(request)
-                self._running.append(self._start_or_free(request))
+                self._running.append(self._start_or_free(request).resume(self._saved.pop(request.id, None)))
             except Exception as error:
                 if is_out_of_memory(error) and self._running:
                     log.warning("out of memory in the text of %s: it waits until a video is done", request.id)
                     self._waiting.appendleft(request)
                     break
                 failures.append(self._fail(request, error))
+        self._encode_ahead()
         return failures
+
+    def _encode_ahead(self) -> None:
+        """Where the text encoders come and go: the texts of the next in line too while they are here, one by one."""
+        if self.components.residence is None or self.components.residence.here != "text":
+            return
+        for request in islice(self._waiting, TEXT_WINDOW):
+            try:
+                self._texts(request)
+            except Exception as error:  # is met again, and told, when it is this request's turn
+                if is_out_of_memory(error):
+                    break
 
     def _has_room_for(self, request: VideoRequest) -> bool:
         """Whether it may join those that run; its text counts at its longest, as it is not encoded yet."""
@@ -299,8 +353,10 @@ class Engine:
         """Estimated bytes held at the peak of a step of those that run and one more."""
         c = self.components
         samples = [*(sample.shapes for sample in self._running), tuple(joining)]
-        return self._held + step_peak_bytes(
-            c.transformer.config, samples, c.transformer.dtype, self.isolation, device=c.device
+        return (
+            self._held
+            + c.visiting_bytes("transformer")
+            + step_peak_bytes(c.transformer.config, samples, c.transformer.dtype, self.isolation, device=c.device)
         )
 
     def _start_or_free(self, request: VideoRequest) -> Sample:
@@ -321,8 +377,8 @@ class Engine:
     @torch.no_grad()
     def _start(self, request: VideoRequest) -> Sample:
         c = self.components
-        conditional = self._encode(request.prompt, request.prompt_2)
-        unconditional = self._encode(cast(str, request.negative_prompt), None) if request.uses_cfg else None
+        started = time.perf_counter()
+        conditional, unconditional = self._texts(request)
         shift = c.flow_shift if request.flow_shift is None else request.flow_shift
         dtype = c.transformer.dtype
         return Sample(
@@ -338,6 +394,7 @@ class Engine:
                 if text is not None
             ),
             rules=None if request.attention_rule is None else rule_named(request.attention_rule, self._heads),
+            text_seconds=time.perf_counter() - started,
         )
 
     def _velocities(self, samples: list[Sample]) -> list[list[Tensor] | Exception]:
@@ -370,6 +427,8 @@ class Engine:
         ways: list[Way] = [("again after memory was freed", nullcontext)]
         if self.components.device.type != "cpu":
             ways.append((f"with {others}", lambda: self.components.elsewhere("text", "vae")))
+            if self.components.offload != "block":
+                ways.append(("with weights that come block by block", self.components.block_by_block))
         try:
             return self._first_that_fits(sample.request, "a step", ways, lambda: self._forward([sample])[0])
         except Exception as error:
@@ -379,6 +438,7 @@ class Engine:
         self, request: VideoRequest, phase: str, ways: Sequence[Way], work: Callable[[], Result]
     ) -> Result:
         """The result of `work`, tried in one way after the other for as long as memory runs out."""
+        self._wait_for_decoder()
         for way, entered in ways:
             log.warning("out of memory in %s of %s: tried %s", phase, request.id, way)
             try:
@@ -428,13 +488,14 @@ class Engine:
             sample.batch_mates |= ids - {sample.request.id}
             sample.largest_batch = max(sample.largest_batch, len(ids))
             self._report(sample.request, "denoise", sample.step, seconds, len(ids))
-            if sample.done:
+            if sample.done and self.decode_beside and self.max_memory is None and self.components.offload == "none":
+                self._start_decoding(sample)
+            elif sample.done:
                 ended.append(self._finish(sample))
             else:
                 self._running.append(sample)
         return ended
 
-    @torch.no_grad()
     def _finish(self, sample: Sample) -> Video | Failure:
         self._report(sample.request, "decode", sample.step)
         started = time.perf_counter()
@@ -442,12 +503,15 @@ class Engine:
             frames = self._decode(sample)
         except Exception as error:
             return self._fail(sample.request, error)
+        return self._video(sample, frames, time.perf_counter() - started)
+
+    def _video(self, sample: Sample, frames: Tensor, seconds: float) -> Video:
         video = Video(
             request=sample.request,
             frames=(frames * 255).round().to(torch.uint8).numpy(),
             provenance={
                 **self.info,
-                "seconds": {"denoise": sample.seconds, "decode": time.perf_counter() - started},
+                "seconds": {"text": sample.text_seconds, "denoise": sample.seconds, "decode": seconds},
                 "vae_tiles": sample.tiles or self.components.decoder.tiles(tuple(sample.latents.shape)),
                 "batch": {"largest": sample.largest_batch, "mates": sorted(sample.batch_mates)},
             },
@@ -456,6 +520,36 @@ class Engine:
         self._ids.discard(sample.request.id)
         self._report(sample.request, "done", sample.step)
         return video
+
+    def _start_decoding(self, sample: Sample) -> None:
+        """Beside the next steps, in the decoder's thread, and on a GPU in a stream of its own."""
+        self._report(sample.request, "decode", sample.step)
+        device = self.components.device
+        stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream(device))  # until the latents are written
+        self._decoding.append((sample, self._decoder_thread.submit(self._decode_there, sample, stream)))
+
+    def _decode_there(self, sample: Sample, stream: torch.cuda.Stream | None) -> Decoded:
+        started = time.perf_counter()
+        with nullcontext() if stream is None else torch.cuda.stream(stream):
+            frames = self.components.decoder.decode(sample.latents)
+        return frames, time.perf_counter() - started
+
+    def _decoded(self, leave: int) -> Iterator[Video | Failure]:
+        """What the decoder's thread is through with; waits for it only while more than `leave` are open."""
+        while self._decoding and (self._decoding[0][1].done() or len(self._decoding) > leave):
+            sample, future = self._decoding.popleft()
+            try:
+                frames, seconds = future.result()
+            except Exception as error:
+                yield self._finish(sample) if is_out_of_memory(error) else self._fail(sample.request, error)
+            else:
+                yield self._video(sample, frames, seconds)
+
+    def _wait_for_decoder(self) -> None:
+        """Before networks are moved or changed, which its thread may be using."""
+        wait([future for _, future in self._decoding])
 
     def _decode(self, sample: Sample) -> Tensor:
         decoder = self.components.decoder
@@ -481,6 +575,12 @@ class Engine:
         sample.tiles = pixels
 
     # -- small parts -------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _texts(self, request: VideoRequest) -> tuple[Conditioning, Conditioning | None]:
+        """Its prompt's and, with classifier-free guidance, its negative prompt's."""
+        conditional = self._encode(request.prompt, request.prompt_2)
+        return conditional, self._encode(cast(str, request.negative_prompt), None) if request.uses_cfg else None
 
     def _encode(self, prompt: str, prompt_2: str | None) -> Conditioning:
         found = self.components.text.encode(prompt, prompt_2)
@@ -509,6 +609,7 @@ class Engine:
 
     def _fail(self, request: VideoRequest, error: Exception) -> Failure:
         self._ids.discard(request.id)
+        self._saved.pop(request.id, None)
         cancelled = isinstance(error, Cancelled)
         self._report(request, "cancelled" if cancelled else "failed", 0)
         return Failure(request, error, cancelled)

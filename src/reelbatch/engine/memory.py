@@ -8,11 +8,13 @@ benchmarks/results/memory_plan_cpu.md; on a GPU it has not been measured.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
@@ -306,7 +308,7 @@ def _streams_of_others(
         return 0
     rows = [sum(shape.video + shape.text for shape in sample) for sample in samples]
     dim = config["num_attention_heads"] * config["attention_head_dim"]
-    return 3 * (sum(rows) - max(rows)) * int(dim) * dtype.itemsize
+    return 2 * (sum(rows) - max(rows)) * int(dim) * dtype.itemsize
 
 
 def _step_moments(config: Mapping[str, Any], packs: Sequence[Sequence[Any]], itemsize: int) -> Iterator[list[int]]:
@@ -318,15 +320,15 @@ def _step_moments(config: Mapping[str, Any], packs: Sequence[Sequence[Any]], ite
     text = [sum(shape.text for shape in pack) * row for pack in packs]
     both = [v + t for v, t in zip(video, text, strict=True)]
     conditions = [len(pack) * row for pack in packs]
-    streams = [*video, *text, *conditions]  # what came out of the dual-stream blocks is held to the end
     for i, (v, t, n) in enumerate(zip(video, text, both, strict=True)):
         modulation = 6 * conditions[i]
         if config["num_layers"]:
             attended = [v, t, v, t]  # the streams after the attention, and their updates
-            yield [*streams, *video[:i], *text[:i], *attended, v, int(ratio * v), int(ratio * v), 2 * modulation]
+            streams = [*video, *text, *conditions, *video[:i], *text[:i]]
+            yield [*streams, *attended, v, int(ratio * v), int(ratio * v), 2 * modulation]
         if config["num_single_layers"]:
             wide = [n, n, int(ratio * n), n + int(ratio * n), n]  # normed, attended, MLP, both joined, update
-            yield [*streams, *both, *both[:i], *wide, modulation // 2]
+            yield [*both, *conditions, *both[:i], *wide, modulation // 2]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -600,6 +602,23 @@ def parse_bytes(text: str) -> int:
     if found is None or found[2].lower() not in units or float(found[1]) == 0:
         raise ValueError(f"memory size {text!r} cannot be read; write it as 20GiB, 20GB or 20480MiB")
     return int(float(found[1]) * units[found[2].lower()])
+
+
+def trim_heap() -> None:
+    """Gives memory that was freed back to the system, where the C library is glibc: its heap keeps what lies between
+    blocks in use, and cannot always use it again."""
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
+
+
+@cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    try:
+        found: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError, TypeError):  # another C library; Windows has no library without a name
+        return None
+    return found
 
 
 def held_bytes(device: torch.device | str) -> int:

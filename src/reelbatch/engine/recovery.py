@@ -11,7 +11,11 @@ import torch
 
 log = logging.getLogger("reelbatch")
 
-_TOLD = re.compile(r"out of memory|can't allocate memory|not enough memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE)
+_TOLD = re.compile(
+    r"out of memory|can't allocate memory|not enough memory|CUBLAS_STATUS_ALLOC_FAILED|could not create a primitive$",
+    re.IGNORECASE,
+)
+"""The last is oneDNN's, which has no memory for its workspace."""
 
 
 class OutOfMemory(MemoryError):

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,7 +20,9 @@ import transformers
 from diffusers import AutoencoderKLHunyuanVideo
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from reelbatch.engine.memory import device_memory_bytes
+from reelbatch.engine.memory import Offload, device_memory_bytes
+from reelbatch.engine.offload import Part, Residence, check_offload, network_bytes, streamed, streamed_bytes
+from reelbatch.models.lora import load_loras, lora_label
 from reelbatch.models.precision import Precision
 from reelbatch.models.text import DEFAULT_TEMPLATE, PromptTemplate, TextEncoder
 from reelbatch.models.vae import VideoDecoder
@@ -50,6 +52,9 @@ WEIGHTS = {
     "text_encoder_2": "model",
 }
 """Components with weights, and what their files are called."""
+
+STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""Dtypes by their names in safetensors files."""
 
 OTHER_SCHEDULES = (
     "use_dynamic_shifting",
@@ -127,9 +132,27 @@ class ModelInfo:
         precision = Precision.parse(dtype, choose_device(device))
         return sum(precision.weight_bytes(component.name, component.parameters) for component in self.components)
 
-    def fits(self, device: torch.device | str = "auto", dtype: Precision | torch.dtype | str = "auto") -> bool:
-        """Whether the weights fit into the device's memory (what generating takes besides depends on the request)."""
-        return self.weight_bytes(dtype, device) < device_memory_bytes(choose_device(device))
+    def fits(
+        self,
+        device: torch.device | str = "auto",
+        dtype: Precision | torch.dtype | str = "auto",
+        offload: Offload = "none",
+    ) -> bool:
+        """Whether the weights fit into the device's memory (what generating takes besides depends on the request).
+
+        With an offload: those that must be there at once, and all of them where they wait, if that is the CPU.
+        """
+        device = choose_device(device)
+        need = total = self.weight_bytes(dtype, device)
+        if offload != "none":
+            precision = Precision.parse(dtype, device)
+            size = {part.name: precision.weight_bytes(part.name, part.parameters) for part in self.components}
+            text, transformer = ("text_encoder", "text_encoder_2"), ("transformer",)
+            parts = [("vae",), text, transformer] if offload == "component" else [("vae",), text[1:]]
+            need = max(sum(size.get(name, 0) for name in names) for names in parts)
+            if device.type != "cpu" and total >= device_memory_bytes("cpu"):
+                return False
+        return need < device_memory_bytes(device)
 
     def verdict(self, device: torch.device | str = "auto", dtype: Precision | torch.dtype | str = "auto") -> str:
         """In a sentence: whether this model can run on the device."""
@@ -141,12 +164,17 @@ class ModelInfo:
         sizes = f"the weights take {need:.2f} GiB in {dtype}, {device} has {have:.1f} GiB"
         if self.fits(device, dtype):
             return f"can run: {sizes}"
+        if self.fits(device, dtype, "block"):
+            return f"cannot run: {sizes}; offload, a dtype of fewer bytes or a larger device is needed"
         return f"cannot run: {sizes}; a dtype of fewer bytes or a larger device is needed"
 
 
 @dataclass(frozen=True)
 class Components:
-    """A loaded model. All networks are on `device`, each in its dtype, in evaluation mode."""
+    """A loaded model. All networks compute on `device`, each in its dtype, in evaluation mode.
+
+    residence: moves the weights to and fro, and knows the way of it; None where they are all on the device.
+    """
 
     name: str
     folder: Path
@@ -158,6 +186,20 @@ class Components:
     profile: FolderProfile
     device: torch.device
     precision: Precision
+    residence: Residence | None = None
+
+    @property
+    def offload(self) -> Offload:
+        """Which weights are on the device."""
+        return "none" if self.residence is None else self.residence.kind
+
+    def visiting_bytes(self, part: Literal["transformer", "vae"]) -> int:
+        """Bytes of weights that come to the device, at most at once, for a denoising step or for decoding."""
+        if self.offload == "none":
+            return 0
+        network = self.transformer if part == "transformer" else self.decoder.vae
+        in_blocks = self.offload == "block" and part == "transformer"
+        return streamed_bytes(network) if in_blocks else network_bytes(network)
 
     @property
     def vocabulary(self) -> frozenset[str] | None:
@@ -165,14 +207,15 @@ class Components:
         return frozenset(self.profile.vocabulary) or None
 
     @contextmanager
-    def elsewhere(self, *parts: Literal["text", "transformer", "vae"]) -> Iterator[None]:
+    def elsewhere(self, *parts: Part) -> Iterator[None]:
         """While entered, these parts are on the CPU: out of the device's memory, and working there if they must."""
         networks = {
             "text": [self.text.llama, self.text.clip],
             "transformer": [self.transformer],
             "vae": [self.decoder.vae],
         }
-        moved = [network for part in parts for network in networks[part]]
+        moved = [network for part in parts for network in networks[part]] if self.residence is None else []
+        away = nullcontext() if self.residence is None else self.residence.working_on_the_cpu(*parts)
         if "text" in parts:
             self.text.forget(prefix=True)  # what it keeps lies on the device
         for network in moved:
@@ -180,12 +223,21 @@ class Components:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         try:
-            yield
+            with away:
+                yield
         finally:
             if "text" in parts:
                 self.text.forget(prefix=True)
             for network in moved:
                 network.to(self.device)
+
+    @contextmanager
+    def block_by_block(self) -> Iterator[None]:
+        """While entered, the transformer's weights come to the device block by block; the other parts are elsewhere."""
+        back = None if self.residence is None else torch.device("cpu")
+        blocks = nullcontext() if self.offload == "block" else streamed(self.transformer, self.device, back)
+        with self.elsewhere("text", "vae"), blocks:
+            yield
 
 
 def choose_device(device: torch.device | str = "auto") -> torch.device:
@@ -423,6 +475,8 @@ def load(
     device: torch.device | str = "auto",
     dtype: Precision | torch.dtype | str = "auto",
     tile_above_bytes: int | None = None,
+    offload: Offload = "none",
+    lora: Sequence[tuple[str | Path, float]] = (),
 ) -> Components:
     """Loads all components of a model folder.
 
@@ -432,10 +486,15 @@ def load(
         dtype: of all networks, or part by part (`Precision.parse`); "auto" is bfloat16 on CUDA, float32 elsewhere.
         tile_above_bytes: decode in spatial tiles what is estimated to take more than this. None: half of the
             device's memory that the weights leave.
+        offload: which weights are on the device: "none" waits elsewhere; "component", only those of the component at
+            work; "block", of the transformer and Llama only those of the block at work. The others wait on the CPU, or,
+            where the CPU is the device, on disk (in TMPDIR). Videos are the same to the bit.
+        lora: LoRA files that act on the transformer, each with its scale (`reelbatch.models.lora.load_loras`).
 
     Raises:
+        LoraError: for a LoRA file that cannot be read, or is not of this model.
         ModelFolderError: for a folder with problems, weights that are not all there, or a model too large.
-        ValueError: for a device or a dtype that is not there.
+        ValueError: for a device or a dtype that is not there, or an offload that cannot be here.
     """
     from reelbatch.models.hunyuan_video import HunyuanVideoTransformer3DModel
 
@@ -444,13 +503,19 @@ def load(
         raise ModelFolderError("\n".join(info.problems))
     device = choose_device(device)
     precision = Precision.parse(dtype, device)
+    check_offload(offload, device, precision.int8)
+    weights = info.weight_bytes(precision, device)
     if tile_above_bytes is None:
-        tile_above_bytes = (device_memory_bytes(device) - info.weight_bytes(precision, device)) // 2
-    if not info.fits(device, precision):
+        tile_above_bytes = (device_memory_bytes(device) - weights) // 2
+        if offload != "none" and tile_above_bytes < 0:  # else as without offload, so that the frames are the same
+            tile_above_bytes = device_memory_bytes(device) // 2
+    if not info.fits(device, precision, offload):
         raise ModelFolderError(f"{folder}: {info.verdict(device, precision)}")
     folder = info.folder
+    residence = None if offload == "none" else Residence(device, offload, weights)
 
     networks: dict[str, Any] = {}
+    stored = {component.name: component.stored_bytes for component in info.components}
     for name, network in {
         "transformer": HunyuanVideoTransformer3DModel,
         "vae": AutoencoderKLHunyuanVideo,
@@ -460,7 +525,7 @@ def load(
         try:
             module, report = network.from_pretrained(
                 folder / name,
-                dtype=precision.of(name),
+                dtype=_load_in(stored[name], precision.of(name), residence),
                 local_files_only=True,
                 use_safetensors=True,
                 output_loading_info=True,
@@ -473,7 +538,13 @@ def load(
                 f"{folder / name}: lacks {len(missing)} weights that the network needs, such as {missing[0]}; "
                 "download it again"
             )
-        networks[name] = module.to(device).eval().requires_grad_(False)
+        if name == "transformer" and lora:
+            load_loras(module, lora)
+        networks[name] = module.eval().requires_grad_(False)
+        if residence is None:
+            module.to(device)
+        else:  # at once, so that no two networks are where one has room
+            residence.take(name, module, precision.of(name))
 
     classes = {component.name: component.class_name for component in info.components}
     try:
@@ -490,7 +561,7 @@ def load(
             f"tokenizer: {error}"
         ) from error
     return Components(
-        name=info.name,
+        name=" + ".join([info.name, *(lora_label(path, scale) for path, scale in lora)]),
         folder=folder,
         transformer=networks["transformer"],
         decoder=VideoDecoder(networks["vae"], tile_above_bytes),
@@ -500,7 +571,15 @@ def load(
         profile=info.profile,
         device=device,
         precision=precision,
+        residence=residence,
     )
+
+
+def _load_in(stored_bytes: tuple[tuple[str, int], ...], dtype: torch.dtype, residence: Residence | None) -> torch.dtype:
+    """What to load a network in: weights that are to wait on disk come as they are stored, and so take no memory."""
+    kinds = {name for name, _ in stored_bytes}
+    on_disk = residence is not None and residence.folder is not None
+    return STORED[kinds.pop()] if on_disk and len(kinds) == 1 and kinds <= STORED.keys() else dtype
 
 
 def _load_tokenizer(folder: Path, class_name: str) -> transformers.PreTrainedTokenizerFast:

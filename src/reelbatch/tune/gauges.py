@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +14,7 @@ import psutil
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from reelbatch.engine.memory import device_memory_bytes
+from reelbatch.engine.memory import device_memory_bytes, trim_heap
 
 SPARE = 0.95
 """The share of the free memory that measuring may take."""
@@ -130,9 +128,8 @@ def tidy(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    elif sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):  # a C library without it
-            ctypes.CDLL(None).malloc_trim(0)
+    else:
+        trim_heap()
 
 
 def weight_bytes(*modules: torch.nn.Module) -> int:

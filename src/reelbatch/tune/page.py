@@ -51,7 +51,8 @@ ALT = {
 
 def escape(text: str) -> str:
     """As HTML; names of options are set as code, and not broken across lines."""
-    return re.sub(r"(--[a-z][a-z-]*(?: (?:\d+|packed|exact)\b)?)", r'<code class="bare">\1</code>', escape_html(text))
+    option = r"(--[a-z][a-z-]*(?: (?:\d+|packed|exact|component|block)\b)?)"
+    return re.sub(option, r'<code class="bare">\1</code>', escape_html(text))
 
 
 def page(report: Report, drawings: Sequence[dict[str, str]]) -> str:
@@ -99,6 +100,9 @@ def _advice(swept: Swept, several: bool) -> str:
     tiles = "".join(f"<li><b>{escape(value)}</b><span>{escape(what)}</span></li>" for value, what in _tiles(point))
     option = f"--batch-size {choice.batch}" + (" --isolation packed" if choice.isolation == "packed" else "")
     use = f"{of}Use batch size {choice.batch}, {choice.isolation} isolation"
+    if swept.offload != "none":
+        option += f" --offload {swept.offload}"
+        use += f", offload {swept.offload}"
     return (
         f'<section class="advice"><div class="use">{use}</div>'
         f'<p class="why">In {escape(swept.dtype)}: {escape(choice.why)} {escape(report_room.instead(swept) or "")}</p>'

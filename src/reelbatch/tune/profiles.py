@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from platformdirs import user_cache_path
@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from reelbatch import __version__
 from reelbatch.doctor import device_name
+from reelbatch.engine.memory import Offload
 from reelbatch.engine.planner import Isolation
 from reelbatch.models.checkpoint import CLASSES, choose_device
 from reelbatch.models.precision import Precision
@@ -65,7 +66,10 @@ class Identity(BaseModel):
 
 
 class Profile(BaseModel):
-    """What `tune` found for an identity. Rates are those of the advised batch."""
+    """What `tune` found for an identity. Rates are those of the advised batch.
+
+    offload: which weights were on the device. Profiles without it are of a time in which all were.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -78,12 +82,21 @@ class Profile(BaseModel):
     videos_per_hour: float = Field(gt=0)
     last_video_seconds: float = Field(gt=0)
     peak_bytes: int = Field(ge=0)
+    offload: Offload = "none"
     why: str
     measured: date
 
     def batch_of(self, isolation: Isolation) -> int:
         """The batch size for a run that has settled on an isolation: a profile never changes what videos look like."""
         return self.exact_batch_size if isolation == "exact" else self.packed_batch_size
+
+
+class Advice(NamedTuple):
+    """How to run, and a line that says where that comes from (None: nothing was ever measured)."""
+
+    batch_size: int
+    line: str | None
+    offload: Offload = "none"
 
 
 class Found(NamedTuple):
@@ -218,15 +231,17 @@ def stale(profile: Profile) -> str | None:
     return "; ".join(profile.identity.differences(now)) or None
 
 
-def advice(wanted: Sequence[Identity], isolation: Isolation, otherwise: int) -> tuple[int, str | None]:
-    """The batch size for a run, and a line that says where it comes from (None: nothing was ever measured).
+def advice(wanted: Sequence[Identity], isolation: Isolation, otherwise: int, offload: Offload | None = None) -> Advice:
+    """The batch size and the offload for a run, as they were measured.
 
     Args:
         wanted: the run's own identity, and then, for a mix of shapes, that of each shape: where the mix was not
             measured but each of its shapes was, the smallest of their batch sizes is taken.
         isolation: which the run has settled on.
         otherwise: the size where no profile fits.
+        offload: which the run has settled on; None takes that of the profile.
     """
+    settled: Offload = "none" if offload is None else offload
     whole, *parts = wanted
     found = find(whole)
     profiles = [found.profile] if found.profile else []
@@ -234,15 +249,23 @@ def advice(wanted: Sequence[Identity], isolation: Isolation, otherwise: int) -> 
         each = [find(part).profile for part in parts]
         profiles = [profile for profile in each if profile is not None] if all(each) else []
     if profiles:
+        used = max((profile.offload for profile in profiles), key=get_args(Offload).index)  # that of the least memory
+        if offload not in (None, used):
+            reason = f"it was measured with --offload {used}, and this is {offload}"
+            return Advice(otherwise, _not_used(otherwise, reason), settled)
         profile = min(profiles, key=lambda profile: profile.batch_of(isolation))
         size = profile.batch_of(isolation)
-        line = f"batch size {size}: as tuned for {profile.identity.shapes} on {profile.measured}"
+        told = f"batch size {size}" if used == "none" else f"batch size {size}, offload {used}"
+        source = f"{told}: as tuned for {profile.identity.shapes} on {profile.measured}"
         if profile.isolation == "packed" and isolation == "exact":
-            line += f"; packed was faster there (--isolation packed, batch size {profile.packed_batch_size})"
-        return size, f"{line} (--batch-size overrides)"
-    if found.refused is None:
-        return otherwise, None
-    return otherwise, f"batch size {otherwise}: the stored profile is not used: {found.refused}; run `reelbatch tune`"
+            source += f"; packed was faster there (--isolation packed, batch size {profile.packed_batch_size})"
+        return Advice(size, f"{source} (--batch-size overrides)", used)
+    line = None if found.refused is None else _not_used(otherwise, found.refused)
+    return Advice(otherwise, line, settled)
+
+
+def _not_used(otherwise: int, reason: str) -> str:
+    return f"batch size {otherwise}: the stored profile is not used: {reason}; run `reelbatch tune`"
 
 
 def _folder() -> Path:

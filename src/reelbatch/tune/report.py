@@ -19,6 +19,10 @@ from reelbatch.tune.choose import NO_LIMITS, Limits
 from reelbatch.tune.measure import Point
 from reelbatch.tune.sweep import Swept
 
+WAITING = {
+    "component": "only the weights of the component at work are on the device",
+    "block": "of the transformer and Llama, only the weights of the block at work are on the device",
+}
 UNQUIET, FAR_OFF = 0.05, 0.10
 """Spread of the chosen figure, and error of the extrapolation, from which a person is warned."""
 
@@ -89,7 +93,9 @@ def terminal(report: Report, width: int) -> RenderableType:
     """Tables, and below each what to use and why. width: in letters; a narrow one leaves out details."""
     parts: list[RenderableType] = []
     for name, sweeps in report.workloads():
-        parts.append(_table(f"{report.model}, {name}", sweeps, brief=width < WIDE))
+        offload = " and ".join(dict.fromkeys(swept.offload for swept in sweeps))
+        title = f"{report.model}, {name}" + ("" if offload == "none" else f", offload {offload}")
+        parts.append(_table(title, sweeps, brief=width < WIDE))
         parts += [Text(line) for line in facts(sweeps)]
         for swept in sweeps:
             parts.append(Text(f"\n{headline(swept)}", style="bold"))
@@ -222,7 +228,8 @@ def headline(swept: Swept) -> str:
     """What to use, in a line."""
     if swept.choice is None:
         return f"No batch size fits ({swept.dtype})"
-    return f"Use --batch-size {swept.choice.batch}, {swept.choice.isolation} isolation ({swept.dtype})"
+    use = f"--batch-size {swept.choice.batch}" + ("" if swept.offload == "none" else f" --offload {swept.offload}")
+    return f"Use {use}, {swept.choice.isolation} isolation ({swept.dtype})"
 
 
 def facts(sweeps: list[Swept]) -> list[str]:
@@ -231,18 +238,21 @@ def facts(sweeps: list[Swept]) -> list[str]:
     for swept in sweeps:
         of = f"{swept.dtype}: " if len(sweeps) > 1 else ""
         point = swept.chosen or swept.alone
+        if swept.offload != "none":
+            told.append(f"{of}offload {swept.offload}: {WAITING[swept.offload]}")
         if point is not None:
             m = point.memory
+            came = "" if swept.offload == "none" else " and the weights that come"
             split = ", ".join(
                 f"{name} {size(value)}"
                 for name, value in (
                     ("weights", m.weights),
                     ("the process besides", m.process),
-                    ("activations", m.activations),
+                    (f"activations{came}", m.activations),
                     ("VAE", m.vae),
                     ("text", m.text),
                 )
-                if name != "the process besides" or value
+                if name not in ("the process besides", "weights") or value
             )
             what = f"{of}memory of batch size {point.batch} ({swept.memory_what})"
             told.append(f"{what}: {split}; {size(m.peak)} at the peak")

@@ -10,6 +10,9 @@ from datetime import date, datetime
 
 import torch
 
+from reelbatch.engine.memory import Network, Offload, VideoShape, device_memory_bytes, held_bytes, plan
+from reelbatch.engine.offload import check_offload, offloads
+from reelbatch.engine.recovery import gibibytes
 from reelbatch.models.checkpoint import Components, ModelFolderError, ModelInfo, choose_device, load
 from reelbatch.models.precision import Precision
 from reelbatch.tune import profiles
@@ -19,7 +22,7 @@ from reelbatch.tune.profiles import Profile
 from reelbatch.tune.quality import Alone
 from reelbatch.tune.report import Report
 from reelbatch.tune.sweep import News, Sweep, Swept
-from reelbatch.tune.workload import Workload
+from reelbatch.tune.workload import Workload, pixels
 
 BUSY_CORES = 0.2
 """Cores in use by others from which a person is told."""
@@ -40,6 +43,7 @@ def tune(
     largest: int = 32,
     keep: bool = True,
     memory_limit: int | None = None,
+    offload: Offload | None = None,
     tell: Callable[[News], None] = lambda _: None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> Report:
@@ -52,12 +56,19 @@ def tune(
         largest: batch size tried.
         keep: whether profiles are stored. Those of a run that was stopped never are.
         memory_limit: bytes not to be passed; None asks the device.
+        offload: which weights are on the device; None takes the first that is estimated to fit one video of the
+            largest shape: none, component, block.
+
+    Raises:
+        ValueError: for an offload that cannot be here.
     """
     started = time.perf_counter()
     others = Others()
     chosen_device = choose_device(device)
     wanted = list(dict.fromkeys(Precision.parse(dtype, chosen_device) for dtype in dtypes))
     fp32 = Precision.parse("float32", chosen_device)
+    for dtype in wanted:
+        check_offload(offload or "none", chosen_device, dtype.int8)
     order = sorted(wanted, key=lambda dtype: dtype != fp32) if against_fp32 else wanted
     swept: dict[tuple[str, Precision], Swept] = {}
     references: dict[str, Alone | None] = {}
@@ -69,7 +80,7 @@ def tune(
 
     if against_fp32 and fp32 not in wanted:
         references, note = _fp32_alone(
-            info, workloads, chosen_device, attention, REFERENCE_SHARE * budget, tell, stopping
+            info, workloads, chosen_device, attention, REFERENCE_SHARE * budget, offload, tell, stopping
         )
         notes += note
     runs = [(dtype, workload) for dtype in order for workload in workloads]
@@ -82,7 +93,9 @@ def tune(
             components = None  # the one before is let go first
             tidy(chosen_device)
             tell(News(f"loading {info.name} in {dtype}"))
-            components = load(info.folder, chosen_device, dtype)
+            kind, why = (offload, None) if offload else first_that_fits(info, workloads, chosen_device, dtype, limits)
+            notes += [why] if why else []
+            components = load(info.folder, chosen_device, dtype, offload=kind)
         sweep = Sweep(
             components,
             workload,
@@ -127,19 +140,53 @@ def tune(
     )
 
 
+def first_that_fits(
+    info: ModelInfo, workloads: Sequence[Workload], device: torch.device, dtype: Precision, limits: Limits
+) -> tuple[Offload, str | None]:
+    """The first offload with which one video of the largest shape is estimated to fit, and why (None: nothing waits).
+
+    "none" too where nothing fits: the estimate may err, and measuring says the rest.
+    """
+    network = Network.from_info(info)
+    largest = max((request for workload in workloads for request in workload.requests), key=pixels)
+    shape = VideoShape(largest.height or 0, largest.width or 0, largest.frames or 0, largest.uses_cfg)
+    available = device_memory_bytes(device) if limits.max_memory is None else limits.max_memory
+    held = held_bytes(device) if device.type == "cpu" else 0
+    need: dict[Offload, int] = {}
+    for kind in offloads(device, dtype.int8):
+        need[kind] = held + min(
+            plan(network, [shape], dtypes=dtype, offload=kind, tiled=tiled, device=device).peak
+            for tiled in (False, True)  # the engine tiles by itself
+        )
+        if need[kind] <= available:
+            break
+    told = ", ".join(f"{gibibytes(size)} with --offload {kind}" for kind, size in need.items())
+    if need[kind] > available:
+        return "none", f"One video is estimated to take {told}, and there are {gibibytes(available)}."
+    if kind == "none":
+        return kind, None
+    return kind, (
+        f"Measured with --offload {kind} ({dtype}): one video is estimated to take {told}, and there are "
+        f"{gibibytes(available)}."
+    )
+
+
 def _fp32_alone(
     info: ModelInfo,
     workloads: Sequence[Workload],
     device: torch.device,
     attention: str,
     budget: float,
+    offload: Offload | None,
     tell: Callable[[News], None],
     stopping: Callable[[], bool],
 ) -> tuple[dict[str, Alone | None], list[str]]:
     """Videos alone in fp32, for the quality of other dtypes; none, and a note, where fp32 does not fit."""
     tell(News(f"loading {info.name} in float32, to compare with"))
     try:
-        components = load(info.folder, device, torch.float32)
+        fp32 = Precision.parse("float32", device)
+        kind = offload or first_that_fits(info, workloads, device, fp32, NO_LIMITS)[0]
+        components = load(info.folder, device, fp32, offload=kind)
         found = {
             workload.name: Sweep(
                 components,
@@ -173,6 +220,7 @@ def _store(info: ModelInfo, sweeps: Sequence[Swept], device: torch.device, atten
             videos_per_hour=point.videos_per_hour,
             last_video_seconds=point.last_video_seconds,
             peak_bytes=point.memory.peak,
+            offload=swept.offload,
             why=choice.why,
             measured=date.today(),
         )

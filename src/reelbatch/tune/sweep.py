@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from reelbatch.engine.memory import Offload
 from reelbatch.engine.planner import Isolation
 from reelbatch.models.checkpoint import Components
 from reelbatch.request import VideoRequest
@@ -86,7 +87,8 @@ class Swept:
     """A sweep's result. `choice` is None if no size keeps to the limits; `why_none` then says why.
 
     memory_limit: bytes that were not to be passed. matrix_flops: the measured matrix rate. notes: why growing stopped,
-    what could not be measured. `interrupted`: whether a person stopped it.
+    what could not be measured. `interrupted`: whether a person stopped it. offload: which weights were on the device;
+    those that came and went are in the figures of the phases, and not in `weights`.
     """
 
     workload: str
@@ -104,6 +106,7 @@ class Swept:
     seconds: float
     interrupted: bool
     notes: tuple[str, ...]
+    offload: Offload = "none"
 
     @property
     def chosen(self) -> Point | None:
@@ -171,9 +174,11 @@ class Sweep:
         self._records: dict[Key, _Record] = {}
         self._decodes: dict[str, list[float]] = {}
         self._flops: dict[str, int] = {}
-        self._weights = weight_bytes(
-            components.transformer, components.decoder.vae, components.text.llama, components.text.clip
-        )
+        self._weights = 0
+        if components.offload == "none":
+            self._weights = weight_bytes(
+                components.transformer, components.decoder.vae, components.text.llama, components.text.clip
+            )
         self._matrix = 0.0
         self._base = self._text_bytes = self._vae_bytes = 0
         self._steps = min(STEPS, workload.steps)
@@ -327,7 +332,8 @@ class Sweep:
             return self._base
         last = max(smaller)
         record = self._records.get((isolation, last)) or self._records["exact", 1]
-        growth = record.denoise_bytes * size / last * MEMORY_MARGIN
+        weights = min(self.components.visiting_bytes("transformer"), record.denoise_bytes)  # those do not grow
+        growth = weights + (record.denoise_bytes - weights) * size / last * MEMORY_MARGIN
         return self._base + int(max(growth, self._vae_bytes))
 
     def _measure(self, key: Key) -> None:
@@ -594,6 +600,7 @@ class Sweep:
             seconds=self._clock() - self._started,
             interrupted=interrupted,
             notes=tuple(self._notes),
+            offload=self.components.offload,
         )
 
     # -- small parts -------------------------------------------------------------------------------

@@ -19,7 +19,6 @@ from typer.testing import CliRunner
 import reelbatch
 from reelbatch.cli import app, main
 from reelbatch.engine.engine import Engine, Progress
-from reelbatch.jobs import run as run_room
 from reelbatch.jobs.progress import display, duration, shorten
 from reelbatch.video import read_record, read_video
 
@@ -86,7 +85,7 @@ def test_the_same_command_again_makes_only_what_is_missing(tiny_folder: Path, he
 def test_all_faults_are_told_at_once_and_before_a_model_is_loaded(
     tiny_folder: Path, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("reelbatch.cli.generate.open_engine", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("reelbatch.cli.making.open_engine", lambda *_, **__: pytest.fail("the model was loaded"))
     (here / "p.csv").write_text("prompt,frames\na cat,10\na dog,9\n,5\n", encoding="utf-8")
     result = call("generate", "--prompts", "p.csv", "--width", 50, "--model", tiny_folder)
     told = str(result.exception)
@@ -99,19 +98,19 @@ def test_all_faults_are_told_at_once_and_before_a_model_is_loaded(
 def test_a_request_that_fails_is_told_and_the_others_are_made(
     tiny_folder: Path, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = reelbatch.Video.save
+    written_aside = reelbatch.Video.written_aside
 
-    def full_disk(self, path, *, overwrite=False):
+    def odd(self, path, folder=None):
         if self.request.prompt == "a dog":
-            raise OSError(28, "No space left on device")
-        return save(self, path, overwrite=overwrite)
+            raise ValueError("H.264 needs even sizes")
+        return written_aside(self, path, folder)
 
-    monkeypatch.setattr(reelbatch.Video, "save", full_disk)
+    monkeypatch.setattr(reelbatch.Video, "written_aside", odd)
     result = call("generate", "a cat", "a dog", "the sea", "--model", tiny_folder, "--json", "--out", "o")
     assert result.exit_code == 1
     by_state = {record["request"]["prompt"]: record for record in records(result)}
     assert by_state["a dog"]["state"] == "failed"
-    assert "No space left" in by_state["a dog"]["error"]["message"]
+    assert "even sizes" in by_state["a dog"]["error"]["message"]
     assert by_state["a cat"]["state"] == by_state["the sea"]["state"] == "done"
     assert "failed" in result.stderr
 
@@ -119,7 +118,7 @@ def test_a_request_that_fails_is_told_and_the_others_are_made(
 def test_what_cannot_work_is_refused_before_a_model_is_loaded(
     tiny_folder: Path, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("reelbatch.cli.generate.open_engine", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("reelbatch.cli.making.open_engine", lambda *_, **__: pytest.fail("the model was loaded"))
     (here / "file").touch()
     command = ("generate", "a cat", "--model", tiny_folder)
     assert "no videos can be written there" in str(call(*command, "--out", "file").exception)
@@ -153,7 +152,7 @@ def test_bugs_of_ours_are_no_bad_input(
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("out of paper")
 
-    monkeypatch.setattr("reelbatch.cli.generate.open_engine", broken)
+    monkeypatch.setattr("reelbatch.cli.making.open_engine", broken)
     monkeypatch.setattr("sys.argv", ["reelbatch", "generate", "a cat", "--model", str(tiny_folder)])
     with pytest.raises(SystemExit) as ended:
         main()
@@ -172,6 +171,16 @@ def test_an_error_is_a_line_and_not_a_traceback(here: Path) -> None:
     assert process.returncode == 2
     assert told.startswith("error: ")
     assert "no such folder" in told
+    assert "Traceback" not in told
+
+
+def test_ctrl_c_before_anything_runs_is_no_error(tiny_folder: Path, here: Path) -> None:
+    process = run_command("generate", "a cat", "--model", tiny_folder)
+    while not (here / "out").exists():  # made just before the model is loaded
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 130
     assert "Traceback" not in told
 
 
@@ -197,43 +206,13 @@ def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(tiny_folder: Pat
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert "the same command makes what is missing" in told
+    assert "the same command goes on where it stopped" in told
     done = list((here / "o").glob("*.mp4"))
     assert 1 <= len(done) < 40
     assert all(len(read_video(path)) == 9 for path in done)
     assert not list((here / "o").glob("*.part"))
     again = call("generate", "a cat", "--copies", len(done) + 1, *words[4:], "--json")
     assert sorted(record["state"] for record in records(again)) == ["done", *["kept"] * len(done)]
-
-
-def test_the_writer_holds_the_engine_back_rather_than_piling_frames_up(
-    tiny_folder: Path, here: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    written: list[Path] = []
-
-    def slow(self, path, *, overwrite=False):
-        time.sleep(0.05)
-        written.append(path)
-        return path
-
-    monkeypatch.setattr(reelbatch.Video, "save", slow)
-    engine = Engine.from_pretrained(str(tiny_folder), max_batch_size=1)
-    requests = [
-        reelbatch.VideoRequest(prompt="a cat", seed=i, steps=1, frames=1, height=16, width=16) for i in range(12)
-    ]
-    every = reelbatch.video.places(requests, here, engine.info)
-    finished = 0
-    decode = engine.components.decoder.decode
-
-    def counting(latents):
-        nonlocal finished
-        finished += 1
-        assert finished - len(written) <= run_room.UNWRITTEN + 2
-        return decode(latents)
-
-    monkeypatch.setattr(engine.components.decoder, "decode", counting)
-    outcomes = list(run_room.run(engine, every))
-    assert [outcome.error for outcome in outcomes] == [None] * 12
 
 
 def test_model_info_tells_what_a_folder_holds(tiny_folder: Path) -> None:

@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from folders import Folder
 
 from reelbatch import Video, VideoRequest
 from reelbatch.engine.engine import Engine, Failure
 from reelbatch.engine.planner import Planner
 from reelbatch.engine.recovery import OutOfMemory, is_out_of_memory
-from reelbatch.jobs.run import run
 from reelbatch.models.checkpoint import Components, load
-from reelbatch.video import places, read_video
+from reelbatch.video import read_video
 
 RUNS = int(os.environ.get("REELBATCH_FAULT_RUNS", "25"))
 """Runs with random faults; the full measure is 200."""
@@ -213,22 +213,22 @@ def test_a_text_that_does_not_fit_beside_running_videos_waits_for_them(
 def test_a_file_is_written_after_all_when_memory_is_free_again(
     components: Components, undisturbed: dict[str, Video], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save, refused = Video.save, set()
+    written_aside, refused = Video.written_aside, set()
 
-    def scarce(video: Video, *args: object, **options: object) -> Path:
+    def scarce(video: Video, *args: object) -> object:
         if video.request.id not in refused:
             refused.add(video.request.id)
             raise OSError(errno.ENOMEM, "Cannot allocate memory")
-        return save(video, *args, **options)
+        return written_aside(video, *args)
 
-    monkeypatch.setattr(Video, "save", scarce)
+    monkeypatch.setattr(Video, "written_aside", scarce)
     engine = Engine(components)
-    outcomes = list(run(engine, places(requests(), tmp_path, engine.info)))
+    outcomes = Folder(tmp_path, engine).make([request.for_model(engine.limits) for request in requests()])
     assert len(refused) == len(outcomes) == 5
     for outcome in outcomes:
         assert outcome.error is None
-        frames = undisturbed[outcome.place.request.id].frames
-        assert read_video(outcome.place.path).shape == frames.shape
+        frames = undisturbed[outcome.request.id].frames
+        assert read_video(outcome.path).shape == frames.shape
 
 
 @pytest.mark.parametrize(
@@ -236,6 +236,8 @@ def test_a_file_is_written_after_all_when_memory_is_free_again(
     [
         *((make(), True) for make in ERRORS),
         (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
+        (RuntimeError("could not create a primitive"), True),
+        (RuntimeError("could not create a primitive descriptor for a convolution forward"), False),
         (RuntimeError("size mismatch"), False),
         (OSError(errno.ENOSPC, "No space left on device"), False),
         (ValueError("out of memory"), False),

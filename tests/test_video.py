@@ -9,12 +9,10 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from reelbatch import Video, VideoRequest, video
-from reelbatch.video import contact_sheet, file_stem, is_made, places, read_record, read_video, sheet_path, sidecar
+from reelbatch.video import contact_sheet, read_record, read_video, sheet_path, sidecar
 
 MADE_BY = {"model": "demo", "dtype": "float32", "isolation": "exact"}
 
@@ -73,40 +71,6 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
 def test_frames_of_another_kind_are_refused(frames: np.ndarray) -> None:
     with pytest.raises(ValueError, match=r"uint8 \[frames, height, width, 3\]"):
         Video(VideoRequest(prompt="x"), frames)
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.text(min_size=1, max_size=300).filter(str.strip))
-def test_any_prompt_gives_a_name_that_every_file_system_takes(prompt: str) -> None:
-    try:
-        request = VideoRequest(prompt=prompt, seed=7)
-    except ValueError:
-        return
-    stem = file_stem(request)
-    assert stem.isascii()
-    assert len(stem) <= 90
-    assert not set(stem) & set('/\\:*?"<>| .')
-    assert stem.endswith("-seed7")  # so it is never con, nul or aux either
-
-
-def test_no_two_requests_share_a_file_and_none_takes_anothers(tmp_path: Path) -> None:
-    (tmp_path / "a-cat-seed0.mp4").write_bytes(b"somebody else's")
-    requests = [VideoRequest(prompt=prompt, seed=0) for prompt in ("a cat", "a cat", "A CAT!", "a/cat")]
-    found = places(requests, tmp_path, MADE_BY)
-    assert len({place.path for place in found}) == 4
-    assert tmp_path / "a-cat-seed0.mp4" not in {place.path for place in found}
-    assert not any(place.made for place in found)
-
-
-def test_what_is_made_already_is_known_by_request_and_model(tmp_path: Path) -> None:
-    made = make_video()
-    (place,) = places([made.request], tmp_path, MADE_BY)
-    made.save(place.path)
-    again = made.request.model_copy(update={"id": "another", "tags": ("x",)})
-    assert places([again], tmp_path, MADE_BY)[0].made
-    assert not places([again], tmp_path, MADE_BY, overwrite=True)[0].made
-    assert not is_made(place.path, made.request, {**MADE_BY, "model": "other"})
-    assert not is_made(place.path, made.request.model_copy(update={"seed": 4}), MADE_BY)
 
 
 def test_a_contact_sheet_has_a_row_a_video_of_any_size_and_says_what_it_cannot_read(tmp_path: Path) -> None:

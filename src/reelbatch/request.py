@@ -117,6 +117,8 @@ def _text(value: object) -> str:
     if not isinstance(value, str):
         raise ValueError("must be text")
     for position, character in enumerate(value):
+        if character == "\0":
+            raise ValueError(f"must not hold the character NUL, and character {position + 1} is one")
         if "\ud800" <= character <= "\udfff":
             raise ValueError(f"must be valid Unicode, but character {position + 1} is half of a pair ({character!a})")
     return value

@@ -7,13 +7,12 @@ in its `comment`. The mp4 is written aside and put in its place at once, so what
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
-import re
 import secrets
 import textwrap
-import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,6 +34,8 @@ if TYPE_CHECKING:
 Frames = NDArray[np.uint8]
 
 CRF = "12"  # near lossless: little videos keep their colours, large ones are still small next to what they cost
+PART = ".part"
+"""Ending of files that are not whole yet."""
 MADE_BY = ("model", "dtype", "isolation")  # what makes two videos of one request the same, of a record's entries
 
 
@@ -78,22 +79,59 @@ class Video:
         half-written bears the name.
         """
         path = Path(path)
-        if path.suffix.lower() != ".mp4":
-            raise ValueError(f"{path}: videos are saved as .mp4")
         if not overwrite and path.exists():
             raise FileExistsError(f"{path} exists; give another name, or overwrite=True")
         path.parent.mkdir(parents=True, exist_ok=True)
-        record = json.dumps(self.record, default=str)  # ASCII: no character that an mp4 tag could not hold
-        with _aside(path, overwrite) as part:
-            _encode(self.frames, self.request.fps or RequestDefaults.fps, part, record)
-        with _aside(sidecar(path), overwrite=True) as part:
-            part.write_text(json.dumps(self.record, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+        with self.written_aside(path) as written:
+            written.put_in_place(overwrite)
         return path
+
+    @contextmanager
+    def written_aside(self, path: Path, folder: Path | None = None) -> Iterator[Aside]:
+        """The whole file that `path` is to become, on the disk under another name; removed if it is not put in place.
+
+        folder: where it is written, on the same file system; `path`'s own by default.
+        """
+        if path.suffix.lower() != ".mp4":
+            raise ValueError(f"{path}: videos are saved as .mp4")
+        part = (folder or path.parent) / f".{secrets.token_hex(8)}{PART}"
+        try:
+            record = json.dumps(self.record, default=str)  # ASCII: no character that an mp4 tag could not hold
+            _encode(self.frames, self.request.fps or RequestDefaults.fps, part, record)
+            _sync(part)
+            yield Aside(part, path, self.record)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Aside:
+    """A complete video file that waits for its final name. record: what its sidecar will say."""
+
+    part: Path
+    path: Path
+    record: dict[str, Any]
+
+    def put_in_place(self, overwrite: bool = False, with_sidecar: bool = True) -> None:
+        """Raises `FileExistsError` if there is a file of that name, unless `overwrite`."""
+        if overwrite:
+            self.part.replace(self.path)
+        else:
+            _place_new(self.part, self.path)
+        if with_sidecar:
+            write_sidecar(self.path, self.record, self.part.parent)
+        _sync(self.path.parent)
 
 
 def sidecar(path: Path) -> Path:
     """The JSON file beside a video."""
     return path.with_suffix(".json")
+
+
+def write_sidecar(path: Path, record: Mapping[str, Any], folder: Path | None = None) -> None:
+    """folder: where it is written before it is put beside `path`."""
+    with aside(sidecar(path), folder) as part:
+        part.write_text(json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
 
 
 def read_video(path: str | Path) -> Frames:
@@ -107,56 +145,18 @@ def read_record(path: str | Path) -> dict[str, Any] | None:
     try:
         record = json.loads(sidecar(Path(path)).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        try:
-            with av.open(str(path)) as container:
-                record = json.loads(container.metadata.get("comment", ""))
-        except (OSError, ValueError):
-            return None
+        return embedded_record(path)
     return record if isinstance(record, dict) else None
 
 
-def is_made(path: str | Path, request: VideoRequest, made_by: Mapping[str, Any]) -> bool:
-    """Whether the video at `path` is what `request`, all defaults filled in, would give again.
-
-    id and tags name a request and change no frame. made_by: the engine's model, dtype and isolation.
-    """
-    record = read_record(path)
-    if not isinstance(record, dict) or not isinstance(record.get("request"), dict):
-        return False
-    names = {"id", "tags"}
-    wanted = request.model_dump(mode="json", exclude=names)
-    found = {name: value for name, value in record["request"].items() if name not in names}
-    return found == wanted and all(record.get(name) == made_by.get(name) for name in MADE_BY)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a request's video goes; `made`: it is there already."""
-
-    request: VideoRequest
-    path: Path
-    made: bool
-
-
-def places(
-    requests: Iterable[VideoRequest], folder: Path, made_by: Mapping[str, Any], *, overwrite: bool = False
-) -> list[Place]:
-    """A file of its own for every request: no two share one, and no existing file of another request is taken.
-
-    The same requests in the same order get the same files, so a run that is started again finds what it has made.
-    """
-    taken: set[Path] = set()
-    found: list[Place] = []
-    for request in requests:
-        for path in _candidates(folder / file_stem(request)):
-            if path in taken:
-                continue
-            made = not overwrite and path.exists() and is_made(path, request, made_by)
-            if made or overwrite or not path.exists():
-                taken.add(path)
-                found.append(Place(request, path, made))
-                break
-    return found
+def embedded_record(path: str | Path) -> dict[str, Any] | None:
+    """The record that an mp4 itself carries."""
+    try:
+        with av.open(str(path)) as container:
+            record = json.loads(container.metadata.get("comment", ""))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def _candidates(stem: Path) -> Iterator[Path]:
@@ -165,15 +165,6 @@ def _candidates(stem: Path) -> Iterator[Path]:
     while True:
         yield stem.with_name(f"{stem.name}-{number}.mp4")
         number += 1
-
-
-def file_stem(request: VideoRequest) -> str:
-    """A file name without its ending that every file system takes: the prompt's letters, in ASCII, and the seed."""
-    ascii_prompt = unicodedata.normalize("NFKD", request.prompt).encode("ascii", "ignore").decode().lower()
-    words = re.sub(r"[^a-z0-9]+", "-", ascii_prompt).strip("-")
-    if len(words) > 64:
-        words = words[:65].rpartition("-")[0] or words[:64]
-    return f"{words or 'video'}-seed{request.seed}"
 
 
 def contact_sheet(videos: Iterable[Video | str | Path], path: str | Path, *, frames: int = 6) -> Path:
@@ -197,7 +188,7 @@ def contact_sheet(videos: Iterable[Video | str | Path], path: str | Path, *, fra
     path.parent.mkdir(parents=True, exist_ok=True)
     shows = PngImagePlugin.PngInfo()
     shows.add_itxt("Shows", json.dumps(_shown_names(sources)))
-    with _aside(path, overwrite=True) as part:
+    with aside(path) as part:
         sheet.save(part, format="PNG", pnginfo=shows)
     return path
 
@@ -309,17 +300,33 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 
 @contextmanager
-def _aside(path: Path, overwrite: bool) -> Iterator[Path]:
-    """A file beside `path` to write to, put in its place when all went well and removed when not."""
-    part = path.with_name(f".{secrets.token_hex(8)}.part")
+def aside(path: Path, folder: Path | None = None) -> Iterator[Path]:
+    """A file to write to, put in `path`'s place when all went well and removed when not.
+
+    folder: where it is, on the same file system; `path`'s own by default.
+    """
+    part = (folder or path.parent) / f".{secrets.token_hex(8)}{PART}"
     try:
         yield part
-        if overwrite:
-            part.replace(path)
-        else:
-            _place_new(part, path)
+        _sync(part)
+        part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Until the disk has it: a file, or the names in a folder."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:  # folders cannot be opened on Windows
+        return
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that cannot do it
+            raise
+    finally:
+        os.close(handle)
 
 
 def _place_new(part: Path, path: Path) -> None:

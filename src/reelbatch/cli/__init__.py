@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
-from reelbatch.cli import generate, look, plan, tune  # in the order of --help
-from reelbatch.cli.common import BAD_INPUT, SOME_FAILED, app, console
+from reelbatch.cli import generate, job, look, plan, train, tune  # in the order of --help
+from reelbatch.cli.common import BAD_INPUT, INTERRUPTED, SOME_FAILED, app, console
 
-__all__ = ["app", "generate", "look", "main", "plan", "tune"]
+__all__ = ["app", "generate", "job", "look", "main", "plan", "train", "tune"]
 
 
 def main() -> None:
     """Runs the command line; every error is a line for the person, or a traceback with REELBATCH_DEBUG=1."""
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(INTERRUPTED))  # where a command has no better way to stop
     try:
         app()
     except Exception as error:

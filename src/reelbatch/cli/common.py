@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import warnings
@@ -34,11 +33,9 @@ OUTPUT = "What comes out"
 MEASURED = "What is measured"
 BOUNDS = "What it keeps to"
 
-# What libraries say while they are imported (of GPU kernels, of deprecations) is not for the people who run commands.
+# What libraries say while they are imported is not for the people who run commands.
 for _library in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
     os.environ.setdefault(_library, "error")
-for _logger in ("torchao", "torch.utils._pytree"):
-    logging.getLogger(_logger).addFilter(lambda record: record.levelno >= logging.ERROR)
 
 
 def _version(wanted: bool) -> None:
@@ -66,8 +63,9 @@ def interruptible() -> Iterator[list[int]]:
     interrupted: list[int] = []
 
     def stop(signum: int, frame: object) -> None:
-        if interrupted:
-            raise SystemExit(INTERRUPTED)
+        if interrupted:  # at once, without waiting for threads: whatever is on the disk is whole
+            console.show_cursor(True)
+            os._exit(INTERRUPTED)
         interrupted.append(signum)
         say("stopping after this step (Ctrl-C again stops at once)")
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from reelbatch.engine import engine as engine_room
-from reelbatch.jobs.run import Outcome
 from reelbatch.request import VideoRequest
+
+if TYPE_CHECKING:
+    from reelbatch.jobs.run import Outcome
 
 
 def work(request: VideoRequest) -> int:
@@ -85,7 +87,7 @@ class Bars:
     def outcome(self, outcome: Outcome) -> None:
         self._bars.advance(self._run)
         if outcome.error is not None:
-            self._bars.console.print(f"failed: {outcome.place.request.prompt!r}: {outcome.error}", markup=False)
+            self._bars.console.print(f"failed: {outcome.request.prompt!r}: {outcome.error}", markup=False)
 
 
 class Lines:
@@ -109,8 +111,8 @@ class Lines:
         left = self._estimate.seconds_left()
         head = f"{self._ended}/{self._count}"
         tail = f" (about {duration(left)} left)" if left and self._ended < self._count else ""
-        result = outcome.place.path if outcome.error is None else f"failed: {outcome.error}"
-        line = f"{head} {shorten(outcome.place.request.prompt, 60)} -> {result}{tail}"
+        result = outcome.path if outcome.error is None else f"failed: {outcome.error}"
+        line = f"{head} {shorten(outcome.request.prompt, 60)} -> {result}{tail}"
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

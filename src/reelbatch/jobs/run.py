@@ -1,72 +1,358 @@
-"""A run: an engine makes videos, and a thread beside it writes them while the next steps go on."""
+"""A run: an engine makes the videos that a manifest asks for, and a thread beside it writes them.
+
+What a kill leaves is put right at the next start: a row that was claimed waits again, a file that has its final name is
+whole and is adopted, and what was written aside by a dead process is removed.
+"""
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import shutil
+import threading
+import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from reelbatch.engine.engine import Engine, Failure
 from reelbatch.engine.recovery import free_memory, is_out_of_memory, log
-from reelbatch.video import Place, Video
+from reelbatch.engine.sample import SavedState
+from reelbatch.jobs.manifest import BEAT_SECONDS, OPEN, Made, Manifest, ManifestError, VideoRow
+from reelbatch.jobs.states import States
+from reelbatch.request import VideoRequest
+from reelbatch.video import MADE_BY, PART, Video, embedded_record, read_video, write_sidecar
 
+OWN_FOLDER = ".reelbatch"
 UNWRITTEN = 4
 """Videos that may wait for the writer before the engine waits too: frames must not pile up in memory."""
+DECODE_BESIDE = 2
+WRITE_AGAIN_AFTER = (1.0, 5.0, 15.0)
+"""Seconds to wait before a file is written again that the folder would not take: networks and full disks recover."""
+OLD_SECONDS = 3600.0
+"""A file that is not whole after so long never will be."""
+OTHERS_SECONDS = 1.0
+"""How often a process that has nothing to do looks whether others have died or left something."""
+OF_THE_FILE = {errno.EINVAL, errno.ENAMETOOLONG, errno.EILSEQ, errno.EISDIR}
+"""Errors in writing that are one file's own; any other is the folder's, and no video after it fares better."""
+
+
+class FolderError(OSError):
+    """The output folder takes no more files. Nothing is lost: what is not done waits in the manifest."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a request ended: as a video at `place.path`, with its record, or with an error."""
+    """How a request ended: as a video at `path`, with its record, or with an error."""
 
-    place: Place
+    request: VideoRequest
+    path: Path
     record: dict[str, Any] | None = None
     error: BaseException | None = None
+    cancelled: bool = False
 
 
-def run(
-    engine: Engine, places: Sequence[Place], *, overwrite: bool = False, stopping: Callable[[], bool] = lambda: False
-) -> Iterator[Outcome]:
-    """Makes and writes the video of every place, giving each outcome once its file is complete.
+@dataclass(frozen=True)
+class _Unwritten:
+    row: VideoRow
+    request: VideoRequest
+    future: Future[dict[str, Any] | None]
+
+
+class Run:
+    """One process's part in a job.
 
     Args:
-        places: a file for every request.
-        overwrite: whether an existing file may be replaced.
-        stopping: asked before each step; once True, no further step is taken, and what is finished is still written.
+        engine: what makes the videos; others may share the manifest with engines of the same settings.
+        job: number of the job.
+        weights: the hash of the model's weights, for the record.
+        overwrite: whether a file that is there and no row's own may be replaced.
+        sidecars: whether a JSON file stands beside each video; what it says is in the video and the manifest as well.
+        checkpoint_every: steps after which the state of all running videos is saved; None: only at the end.
+        stopping: asked before each step; once True, no further step is taken, what is finished is still written, and
+            the state of what runs is saved.
     """
-    homes = {place.request.id: place for place in places}
-    for place in places:
-        engine.submit(place.request)
-    unwritten: deque[tuple[Place, dict[str, Any], Future[Path]]] = deque()
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="writer") as writer:
-        while (engine.waiting or engine.running) and not stopping():
-            for end in engine.step():
-                place = homes[end.request.id]
-                if isinstance(end, Failure):
-                    yield Outcome(place, error=end.error)
-                else:
-                    unwritten.append((place, end.record, writer.submit(_save, end, place, overwrite)))
-            # a whole batch may end at once, and the next must not wait for its files
-            yield from _written(unwritten, max(UNWRITTEN, engine.planner.max_batch_size))
-        yield from _written(unwritten, 0)
+
+    def __init__(
+        self,
+        engine: Engine,
+        manifest: Manifest,
+        job: int,
+        folder: Path,
+        *,
+        weights: str,
+        overwrite: bool = False,
+        sidecars: bool = True,
+        checkpoint_every: int | None = None,
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.engine, self.manifest, self.job, self.folder = engine, manifest, job, folder
+        self.weights, self.overwrite, self.sidecars = weights, overwrite, sidecars
+        self.checkpoint_every, self.stopping = checkpoint_every, stopping
+        self.states = States(folder / OWN_FOLDER / "states")
+        self._rows: dict[str, VideoRow] = {}
+        self._unwritten: deque[_Unwritten] = deque()
+        self._heart = _Heart(manifest)
+        self._looked = time.monotonic()
+        self._given_up = False
+
+    def outcomes(self) -> Iterator[Outcome]:
+        """Works until the job has nothing left to do, giving each outcome once its file is complete.
+
+        Raises:
+            FolderError: if the output folder takes no more files.
+            ManifestError: if the manifest cannot be used any more.
+        """
+        self.engine.decode_beside = DECODE_BESIDE
+        steps = 0
+        with self._heart, ThreadPoolExecutor(max_workers=1, thread_name_prefix="writer") as self._writer:
+            self._clear_away()
+            while not self.stopping():
+                yield from self._claim()
+                self._drop_lost()
+                if not self.engine.busy:
+                    yield from self._written(leave=0)
+                    if not self._others_work():
+                        break
+                    continue
+                for end in self.engine.step():
+                    yield from self._take(end)
+                yield from self._written(max(UNWRITTEN, self.engine.planner.max_batch_size))
+                steps += 1
+                if self.checkpoint_every and steps % self.checkpoint_every == 0:
+                    self._save_states()
+            for end in self.engine.drain():
+                yield from self._take(end)
+            yield from self._written(leave=0)
+            self._save_states(let_go=True)
+        self._tidy()
+
+    # -- before a step -----------------------------------------------------------------------------
+
+    def _claim(self) -> Iterator[Outcome]:
+        """Rows enough for the next batch; the rest is left to other processes."""
+        room = self.engine.planner.max_batch_size - self.engine.waiting
+        if room <= 0:
+            return
+        for row in self.manifest.claim(self._heart.owner, self.job, room):
+            request, path = row.to_request(), self.folder / row.file
+            made = None if self.overwrite else self._made_before(path, row)
+            if made is not None:
+                self.manifest.adopt(row.id, made)
+                yield Outcome(request, path, embedded_record(path))
+                continue
+            self._rows[row.id] = row
+            try:
+                self._submit(request, self.states.load(row.fingerprint) if row.step else None)
+            except ValueError as error:
+                yield from self._take(Failure(request, error))
+
+    def _submit(self, request: VideoRequest, saved: SavedState | None) -> None:
+        try:
+            self.engine.submit(request, saved)
+        except ValueError as error:
+            if saved is None:
+                raise
+            log.warning("%s: it starts anew", error)
+            self.engine.submit(request)
+
+    def _made_before(self, path: Path, row: VideoRow) -> Made | None:
+        """Of a whole video of this very row, which a process put in place before it was killed."""
+        record = embedded_record(path) if path.exists() else None
+        if record is None or record.get("request") != row.request or is_damaged(path, row.to_request()):
+            return None
+        if any(record.get(name) != self.engine.info[name] for name in MADE_BY):
+            return None
+        if self.sidecars:
+            write_sidecar(path, record)
+        return _made(path, record, self.weights, record["seconds"])
+
+    def _drop_lost(self) -> None:
+        """What was cancelled, or taken by others who thought this process dead, is not made any further."""
+        if time.monotonic() - self._looked < BEAT_SECONDS:
+            return
+        self._looked = time.monotonic()
+        mine = self.manifest.mine(self._heart.owner)
+        for id in self._rows.keys() - mine:
+            self.engine.cancel(id)
+
+    def _others_work(self) -> bool:
+        """Whether the job has rows that another process runs: they may come back."""
+        counts = self.manifest.counts(self.job)
+        if not sum(counts[state] for state in OPEN):
+            return False
+        time.sleep(OTHERS_SECONDS)
+        if self.manifest.bury():
+            self._clear_away()
+        return True
+
+    # -- after a step ------------------------------------------------------------------------------
+
+    def _take(self, end: Video | Failure) -> Iterator[Outcome]:
+        row = self._rows.pop(end.request.id)
+        if isinstance(end, Video):
+            future = self._writer.submit(self._write, end, row)
+            self._unwritten.append(_Unwritten(row, end.request, future))
+            return
+        if not end.cancelled:
+            self.manifest.fail(self._heart.owner, row.id, _told(end.error))
+        self.states.forget(row.fingerprint)
+        yield Outcome(end.request, self.folder / row.file, error=end.error, cancelled=end.cancelled)
+
+    def _written(self, leave: int) -> Iterator[Outcome]:
+        """What the writer is through with; waits for it only while more than `leave` are open."""
+        while self._unwritten and (self._unwritten[0].future.done() or len(self._unwritten) > leave):
+            done = self._unwritten.popleft()
+            path = self.folder / done.row.file
+            try:
+                record = done.future.result()
+            except (FolderError, ManifestError):
+                raise
+            except Exception as error:
+                self.manifest.fail(self._heart.owner, done.row.id, _told(error))
+                yield Outcome(done.request, path, error=error)
+            else:
+                if record is not None:
+                    yield Outcome(done.request, path, record)
+
+    def _write(self, video: Video, row: VideoRow) -> dict[str, Any] | None:
+        """Returns the record; None if the row is no longer this process's, whose file is then thrown away."""
+        if self._given_up:
+            raise FolderError(f"{self.folder} takes no more files")
+        for wait in (*WRITE_AGAIN_AFTER, None):
+            try:
+                return self._write_once(video, row)
+            except Exception as error:
+                if is_out_of_memory(error):
+                    log.warning("out of memory in writing %s: tried again after memory was freed", row.file)
+                    free_memory()
+                    wait = 0.0 if wait is not None else None
+                elif isinstance(error, ManifestError) or not _of_the_folder(error):
+                    raise
+                if wait is None:
+                    self._given_up = True
+                    raise FolderError(
+                        f"{self.folder} takes no more files: {getattr(error, 'strerror', None) or error}. Nothing is "
+                        "lost: put that right, and the same command goes on."
+                    ) from error
+                log.warning("%s could not be written (%s): tried again in %g s", row.file, error, wait)
+                time.sleep(wait)
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def _write_once(self, video: Video, row: VideoRow) -> dict[str, Any] | None:
+        started, own = time.perf_counter(), self._own_folder(self._heart.owner)
+        own.mkdir(parents=True, exist_ok=True)
+        (self.folder / row.file).parent.mkdir(exist_ok=True)
+        with video.written_aside(self.folder / row.file, own) as written:
+            seconds = {**video.provenance["seconds"], "write": time.perf_counter() - started}
+            made = _made(written.part, video.record, self.weights, seconds)
+            if not self.manifest.finish(
+                self._heart.owner, row.id, made, lambda: written.put_in_place(self.overwrite, self.sidecars)
+            ):
+                return None
+        self.states.forget(row.fingerprint)
+        return video.record
+
+    # -- for other processes -----------------------------------------------------------------------
+
+    def _save_states(self, let_go: bool = False) -> None:
+        states = self.engine.states()
+        for id, state in states.items():
+            self.states.save(self._rows[id].fingerprint, state)
+        self.manifest.saved(self._heart.owner, {id: state.step for id, state in states.items()}, let_go=let_go)
+
+    def _own_folder(self, owner: str) -> Path:
+        """Where a process writes what is not in its place yet."""
+        return self.folder / OWN_FOLDER / owner
+
+    def _clear_away(self) -> None:
+        """What processes that are no more have written aside."""
+        left = {path.name for path in (self.folder / OWN_FOLDER).glob("*/")} - {self.states.folder.name}
+        for owner in left - self.manifest.processes():
+            shutil.rmtree(self._own_folder(owner), ignore_errors=True)
+        for part in self.folder.glob(f".*{PART}"):  # of sheets and reports, which take seconds
+            with suppress(OSError):
+                if abs(time.time() - part.stat().st_mtime) > OLD_SECONDS:
+                    part.unlink()
+
+    def _tidy(self) -> None:
+        self._clear_away()
+        counts = self.manifest.counts()
+        if not any(counts[state] for state in OPEN):
+            shutil.rmtree(self.folder / OWN_FOLDER, ignore_errors=True)
 
 
-def _save(video: Video, place: Place, overwrite: bool) -> Path:
+class _Heart:
+    """Keeps the process known as living, in a thread beside the work."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+        self.owner = ""
+        self._stop = threading.Event()
+
+    def __enter__(self) -> _Heart:
+        self.manifest.bury()
+        self.owner = self.manifest.enlist()
+        self._thread = threading.Thread(target=self._beat, name="heart", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        try:
+            self.manifest.leave(self.owner)
+        except ManifestError as error:
+            log.warning("%s", error)  # an error that is on its way says more
+
+    def _beat(self) -> None:
+        while not self._stop.wait(BEAT_SECONDS):
+            try:
+                if not self.manifest.beat(self.owner):
+                    log.warning("another process took this one for dead and goes on with its videos")
+                    self.owner = self.manifest.enlist()
+            except ManifestError as error:
+                log.warning("%s", error)
+
+
+def _made(file: Path, record: dict[str, Any], weights: str, seconds: dict[str, float]) -> Made:
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return Made(
+        sha256=digest,
+        size=file.stat().st_size,
+        frames_sha256=record["frames_sha256"],
+        seconds=seconds,
+        batch=record["batch"]["largest"],
+        isolation=record["isolation"],
+        model_hash=weights,
+        versions=record["versions"],
+    )
+
+
+def is_damaged(path: Path, request: VideoRequest) -> str | None:
+    """What is wrong with a video file: it cannot be decoded, or is not of the request's size; None if nothing is."""
     try:
-        return video.save(place.path, overwrite=overwrite)
-    except (MemoryError, OSError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-    free_memory()
-    log.warning("out of memory in writing %s: tried again after memory was freed", place.path)
-    return video.save(place.path, overwrite=overwrite)
+        frames = read_video(path)
+    except (OSError, ValueError) as error:
+        return f"cannot be decoded: {error}"
+    wanted = (request.frames, request.height, request.width, 3)
+    return None if frames.shape == wanted else f"has {frames.shape[:3]} frames, rows and columns, not {wanted[:3]}"
 
 
-def _written(unwritten: deque[tuple[Place, dict[str, Any], Future[Path]]], leave: int) -> Iterator[Outcome]:
-    """What the writer is through with; waits for it only while more than `leave` are open."""
-    while unwritten and (unwritten[0][2].done() or len(unwritten) > leave):
-        place, record, future = unwritten.popleft()
-        error = future.exception()
-        yield Outcome(place, error=error) if error else Outcome(place, record)
+def _of_the_folder(error: Exception) -> bool:
+    own = isinstance(error, FileExistsError) or getattr(error, "errno", None) in OF_THE_FILE
+    return isinstance(error, OSError) and not own
+
+
+def _told(error: BaseException) -> str:
+    if isinstance(error, FileExistsError):
+        return (
+            f"{error}: a file of that name is there which is not this job's; move it away, then `reelbatch job retry`"
+        )
+    text = str(error).strip()
+    return text if isinstance(error, ValueError | OSError) and text else f"{type(error).__name__}: {text}"

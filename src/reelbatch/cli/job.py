@@ -1,0 +1,394 @@
+"""`reelbatch job`: whole prompt suites, resumable, and what became of them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console, Group
+from rich.live import Live
+
+from reelbatch.cli.common import OUTPUT, SOME_FAILED, app, check_writable, console, say, warnings_as_lines
+from reelbatch.cli.making import Plan, check_requests, job_settings, make, request_fields
+from reelbatch.cli.options import (
+    AttentionOption,
+    AttentionRule,
+    BatchSize,
+    BatchTokens,
+    CheckpointEvery,
+    Copies,
+    Device,
+    Dtype,
+    FlowShift,
+    Fps,
+    Frames,
+    Guidance,
+    Height,
+    IsolationOption,
+    LoraOption,
+    MaxMemory,
+    Model,
+    NegativePrompt,
+    OffloadOption,
+    Prompt2,
+    Seed,
+    Steps,
+    Tag,
+    TrueCfg,
+    Width,
+)
+
+if TYPE_CHECKING:
+    from reelbatch.jobs.manifest import Manifest, VideoRow
+    from reelbatch.jobs.outlook import Outlook
+
+SELECTION = "Which of them"
+WATCH_SECONDS = 2.0
+SHOWN_ERRORS = 10
+
+job = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="Make a whole prompt suite, stop and go on, and see what became of it.",
+)
+app.add_typer(job, name="job")
+
+Out = Annotated[Path, typer.Option(help="Folder of the videos and of the manifest.", rich_help_panel=OUTPUT)]
+Url = Annotated[
+    str | None,
+    typer.Option(
+        "--manifest",
+        help="Where the manifest is, if not in the folder: a database URL, as postgresql+psycopg://user@host/name.",
+        envvar="REELBATCH_MANIFEST",
+        rich_help_panel=OUTPUT,
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="For scripts: JSON, and nothing else.", rich_help_panel=OUTPUT)]
+
+
+@job.command()
+def run(
+    context: typer.Context,
+    prompts: Annotated[
+        Path, typer.Argument(help="A prompt file: .txt, .csv, .tsv, .jsonl, .parquet, or VBench_full_info.json.")
+    ],
+    copies: Copies = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="As tag=animal or seed=3; may be repeated, and all must hold.", rich_help_panel=SELECTION),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="So many videos at most.", rich_help_panel=SELECTION)] = None,
+    shuffle: Annotated[
+        bool, typer.Option("--shuffle", help="In a random order, the same each time.", rich_help_panel=SELECTION)
+    ] = False,
+    prompt_2: Prompt2 = None,
+    negative_prompt: NegativePrompt = None,
+    seed: Seed = 0,
+    height: Height = None,
+    width: Width = None,
+    frames: Frames = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    true_cfg: TrueCfg = None,
+    flow_shift: FlowShift = None,
+    fps: Fps = None,
+    attention_rule: AttentionRule = None,
+    tag: Tag = None,
+    model: Model = "demo",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    isolation: IsolationOption = "exact",
+    attention: AttentionOption = "auto",
+    batch_size: BatchSize = None,
+    batch_tokens: BatchTokens = None,
+    max_memory: MaxMemory = None,
+    lora: LoraOption = None,
+    offload: OffloadOption = None,
+    checkpoint_every: CheckpointEvery = None,
+    out: Out = Path("out"),
+    manifest: Url = None,
+    naming: Annotated[
+        Literal["default", "vbench"],
+        typer.Option(help="vbench: {prompt}-{index}.mp4, as its scorer wants.", rich_help_panel=OUTPUT),
+    ] = "default",
+    add: Annotated[
+        bool, typer.Option("--add", help="Keep what the folder holds of these, and make the rest beside it.")
+    ] = False,
+    as_new: Annotated[bool, typer.Option("--as-new", help="Make all of these, beside what the folder holds.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be made, and the time and disk it takes; make nothing.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make the videos of a prompt file, and go on where an earlier run of the same command stopped.
+
+    Examples:
+
+    - `reelbatch job run suite.txt --out suite --copies 5`
+
+    - `reelbatch job run VBench_full_info.json --out vbench --copies 5 --naming vbench --model /models/HunyuanVideo`
+
+    - `reelbatch job run suite.csv --only tag=animal --limit 20 --dry-run`
+
+    Every video is a row of the manifest, and is done only once its file is complete: a kill at any moment loses no
+    more than the steps that run, and with --checkpoint-every less. The same command goes on; started twice or on
+    several machines that see the folder, it shares the work. Ctrl-C saves the running videos' state and stops; a
+    second one stops at once. `job status`, in another terminal, tells how far it is.
+    """
+    from reelbatch.jobs.manifest import Manifest
+    from reelbatch.jobs.naming import vbench_problems
+    from reelbatch.jobs.prompts import make_requests, only_those, read_entries, shuffled
+    from reelbatch.models.checkpoint import inspect, resolve
+
+    if add and as_new:
+        raise ValueError("--add and --as-new were given; --add keeps what is there, --as-new does not: give one")
+    info = inspect(resolve(model))
+    fields = request_fields(context.params)
+    requests = make_requests(read_entries(prompts), fields, first_seed=seed, limits=info.limits)
+    requests = only_those(requests, only or [])
+    requests = (shuffled(requests, seed) if shuffle else requests)[:limit]
+    if not requests:
+        raise ValueError(f"--only {' --only '.join(only or [])} leaves none of the prompts in {prompts}")
+    check_requests(requests, info)
+    if naming == "vbench":
+        for problem in vbench_problems(requests):
+            say(f"warning: {problem}", style="yellow")
+    plan = Plan(requests, info, context.params)
+    if dry_run:
+        _show_outlook(_outlook(plan, out, manifest), as_json)
+        return
+    check_writable(out)
+    with warnings_as_lines():
+        code = make(
+            plan,
+            Manifest.in_folder(out, manifest),
+            out,
+            mode="add" if add else "new" if as_new else "resume",
+            naming=naming,
+            checkpoint_every=checkpoint_every,
+            as_json=as_json,
+        )
+    raise typer.Exit(code)
+
+
+@job.command()
+def status(
+    out: Out = Path("out"),
+    manifest: Url = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it anew every 2 seconds, until Ctrl-C.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show how far a job is, how fast, and what failed."""
+    opened = _open(out, manifest)
+    if as_json:
+        typer.echo(json.dumps(_status_record(opened)))
+        return
+    if not watch:
+        Console().print(_status_table(opened))
+        return
+    with Live(_status_table(opened), auto_refresh=False) as live:
+        while True:
+            live.update(_status_table(opened), refresh=True)
+            time.sleep(WATCH_SECONDS)
+
+
+@job.command()
+def retry(
+    ids: Annotated[list[str] | None, typer.Argument(help="Ids of videos, as `job export` tells them.")] = None,
+    failed: Annotated[bool, typer.Option("--failed", help="All that failed.")] = False,
+    cancelled: Annotated[bool, typer.Option("--cancelled", help="All that were cancelled.")] = False,
+    out: Out = Path("out"),
+    manifest: Url = None,
+) -> None:
+    """Put videos that failed or were cancelled back in line; the next `job run` makes them."""
+    from reelbatch.jobs.manifest import State
+
+    if not (ids or failed or cancelled):
+        raise ValueError("nothing was named: give ids, --failed or --cancelled")
+    wanted = {State.FAILED: failed or bool(ids), State.CANCELLED: cancelled or bool(ids)}
+    opened = _open(out, manifest)
+    _refuse_unknown(opened, ids or [])
+    moved = opened.retry([state for state, chosen in wanted.items() if chosen], ids)
+    say(f"{len(moved)} videos are in line again; the command that made the job makes them")
+
+
+@job.command()
+def cancel(
+    ids: Annotated[list[str], typer.Argument(help="Ids of videos, as `job export` tells them.")],
+    out: Out = Path("out"),
+    manifest: Url = None,
+) -> None:
+    """Cancel videos that are not made yet; one that runs is dropped within seconds, and the others go on."""
+    opened = _open(out, manifest)
+    _refuse_unknown(opened, ids)
+    moved = opened.cancel(ids)
+    for id in ids:
+        if id not in moved:
+            say(f"{id} is not cancelled: it had ended already", style="yellow")
+    say(f"{len(moved)} videos are cancelled")
+    raise typer.Exit(0 if len(moved) == len(ids) else SOME_FAILED)
+
+
+@job.command()
+def verify(
+    out: Out = Path("out"),
+    manifest: Url = None,
+    again: Annotated[
+        bool, typer.Option("--make-again", help="Put what is wrong back in line; damaged files are set aside.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check the file of every video that is done: its hash, that it decodes, its size and frame count."""
+    from rich.progress import track
+
+    from reelbatch.jobs.manifest import State
+    from reelbatch.jobs.verify import make_again
+    from reelbatch.jobs.verify import verify as check
+
+    opened = _open(out, manifest)
+    total = opened.counts()[State.DONE]
+    wrong = []
+    for checked in track(check(opened, out), "verifying", total, console=console, transient=True):
+        if as_json:
+            row = checked.row
+            typer.echo(json.dumps({"id": row.id, "file": row.file, "problem": checked.problem}))
+        if checked.problem:
+            wrong.append(checked.row)
+            say(f"{out / checked.row.file} {checked.problem}", style="red")
+    if wrong and again:
+        make_again(opened, out, wrong)
+        say(f"{len(wrong)} of {total} videos were wrong and are in line again")
+    else:
+        say(f"{total - len(wrong)} of {total} videos are right" + ("; --make-again makes the others" if wrong else ""))
+    raise typer.Exit(SOME_FAILED if wrong else 0)
+
+
+@job.command()
+def export(
+    to: Annotated[Path | None, typer.Argument(help="A .csv or .jsonl file; without it, JSONL is printed.")] = None,
+    out: Out = Path("out"),
+    manifest: Url = None,
+) -> None:
+    """Write all rows of the manifest to a file, for a spreadsheet or a script."""
+    if to is not None and to.suffix not in (".csv", ".jsonl"):
+        raise ValueError(f"{to}: name a .csv or a .jsonl file")
+    records = [row.record() for row in _open(out, manifest).rows()]
+    if to is not None and to.suffix == ".csv":
+        with to.open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.writer(stream)
+            writer.writerow(records[0] if records else [])
+            writer.writerows([_cell(value) for value in record.values()] for record in records)
+    else:
+        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        sys.stdout.write(text) if to is None else to.write_text(text, encoding="utf-8")
+    if to is not None:
+        say(f"{len(records)} rows in {to}")
+
+
+def _cell(value: Any) -> Any:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else value
+
+
+def _open(out: Path, url: str | None) -> Manifest:
+    from reelbatch.jobs.manifest import Manifest
+
+    return Manifest.in_folder(out, url, must_exist=True)
+
+
+def _refuse_unknown(manifest: Manifest, ids: Sequence[str]) -> None:
+    unknown = [id for id in ids if manifest.row(id) is None]
+    if unknown:
+        raise ValueError(f"no video has the id {', '.join(unknown)}; `reelbatch job export` lists all of them")
+
+
+# -- status, in parts ------------------------------------------------------------------------------
+
+
+def _status_record(manifest: Manifest) -> dict[str, Any]:
+    from reelbatch.jobs.manifest import State
+    from reelbatch.jobs.outlook import pace
+
+    rows = manifest.rows()
+    found = pace(rows)
+    counts = manifest.counts()
+    failed = [
+        {"id": row.id, "prompt": row.prompt, "seed": row.seed, "attempts": row.attempts, "error": row.error}
+        for row in rows
+        if row.state == State.FAILED
+    ]
+    return {
+        "videos": len(rows),
+        **{str(state): count for state, count in counts.items()},
+        "videos_per_hour": found.videos_per_hour,
+        "seconds_left": found.seconds_left,
+        "failures": failed,
+    }
+
+
+def _status_table(manifest: Manifest) -> Group:
+    from rich.table import Table
+    from rich.text import Text
+
+    from reelbatch.jobs.progress import duration
+
+    found = _status_record(manifest)
+    table = Table("state", "videos", "", box=None, padding=(0, 2, 0, 0))
+    for state in ("done", "running", "waiting", "failed", "cancelled"):
+        share = found[state] / found["videos"] if found["videos"] else 0
+        table.add_row(state, f"{found[state]:,}", "█" * round(40 * share))
+    rate, left = found["videos_per_hour"], found["seconds_left"]
+    pace = "" if rate is None else f"{rate:,.0f} videos an hour"
+    if left:
+        pace += f"; about {duration(left)} left while it runs like that"
+    errors = Counter(failure["error"] for failure in found["failures"])
+    told = [Text(f"{count} × {error}", style="red") for error, count in errors.most_common(SHOWN_ERRORS)]
+    return Group(table, Text(pace), *told)
+
+
+# -- dry run ---------------------------------------------------------------------------------------
+
+
+def _outlook(plan: Plan, out: Path, url: str | None) -> Outlook:
+    from reelbatch.jobs.manifest import FILE, Manifest
+    from reelbatch.jobs.outlook import look_ahead
+
+    rows: list[VideoRow] = []
+    if url is not None or (out / FILE).exists():
+        rows = Manifest.in_folder(out, url, must_exist=True).rows()
+    free = shutil.disk_usage(next(folder for folder in (out, *out.resolve().parents) if folder.exists())).free
+    settings = job_settings(plan, "default")
+    return look_ahead(plan.requests, settings, rows, plan.batch_size, plan.profile(), free)
+
+
+def _show_outlook(found: Outlook, as_json: bool) -> None:
+    from reelbatch.jobs.progress import duration
+
+    if as_json:
+        typer.echo(json.dumps(found.record()))
+        return
+    from rich.table import Table
+
+    table = Table("videos", "size", "frames", "steps", "branches", box=None, padding=(0, 2, 0, 0))
+    for kind, count in found.kinds.items():
+        table.add_row(f"{count:,}", f"{kind.width}×{kind.height}", *map(str, (kind.frames, kind.steps, kind.branches)))
+    answer = Console()
+    answer.print(table)
+    there = f" ({found.kept:,} of them are made already)" if found.kept else ""
+    time_ = f"about {duration(found.seconds)}" if found.seconds is not None else "unknown"
+    free = f"; {found.free_bytes / 2**30:,.1f} GiB are free" if found.free_bytes is not None else ""
+    for line in (
+        f"{found.videos:,} videos of {found.prompts:,} prompts{there}, in about {found.batches:,} batches of "
+        f"{found.batch_size}",
+        f"time: {time_} ({found.time_from})",
+        f"disk: about {found.bytes / 2**20:,.1f} MiB ({found.disk_from}){free}",
+        "nothing was made: leave --dry-run out to make them",
+    ):
+        answer.print(line, markup=False, highlight=False, soft_wrap=True)

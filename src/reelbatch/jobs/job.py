@@ -1,0 +1,223 @@
+"""A job: the requests of one call as rows of a manifest. Opening it again finds what is made and what is missing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+from collections import defaultdict, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from reelbatch.jobs.manifest import OPEN, JobRow, Manifest, State, VideoRow
+from reelbatch.jobs.naming import Naming, name_all
+from reelbatch.jobs.progress import work
+from reelbatch.jobs.verify import make_again
+from reelbatch.request import MAX_ID_LENGTH, VideoRequest
+
+Mode = Literal["resume", "add", "new"]
+SHOWN = 10
+NAMES_ONLY = {"id", "tags"}
+"""Fields of a request that change no frame."""
+
+
+class JobChanged(ValueError):
+    """The folder holds a job of other settings or requests. `differences`: what differs, a line each."""
+
+    def __init__(self, folder: Path, differences: Sequence[str]) -> None:
+        self.differences = tuple(differences)
+        shown = [f"  {line}" for line in differences[:SHOWN]]
+        if len(differences) > SHOWN:
+            shown.append(f"  … and {len(differences) - SHOWN} more")
+        super().__init__(
+            f"{folder} holds a job that differs from this one:\n" + "\n".join(shown) + "\n"
+            "Use another --out folder, or --add to keep what is there of these and make the rest beside it, or "
+            "--as-new to make all of these beside it."
+        )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides, besides the requests, about frames and names. weights: a hash of the model's weight files."""
+
+    model: str
+    weights: str
+    device: str
+    dtype: str
+    attention: str
+    isolation: str
+    naming: Naming = "default"
+    lora: tuple[str, ...] = ()
+
+    @property
+    def record(self) -> dict[str, Any]:
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> Settings:
+        """As `record` gave it, whatever notes stand beside it."""
+        known = {field.name: record[field.name] for field in fields(cls) if field.name in record}
+        return cls(**{**known, "lora": tuple(known.get("lora", ()))})
+
+    def fingerprint(self, request: VideoRequest) -> str:
+        """The same for two requests if and only if their frames are the same."""
+        decides = {name: value for name, value in self.record.items() if name != "naming"}
+        asked = request.model_dump(mode="json", exclude=NAMES_ONLY)
+        return hashlib.sha256(json.dumps([asked, decides], sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Job:
+    """Where a call stands before it runs. kept: rows that are made already. remade: those whose file was gone."""
+
+    number: int
+    rows: list[VideoRow]
+    kept: list[VideoRow]
+    remade: int = 0
+
+    @property
+    def open(self) -> list[VideoRow]:
+        """Rows that are to be made."""
+        return [row for row in self.rows if row.state in OPEN]
+
+
+def open_job(
+    manifest: Manifest,
+    folder: Path,
+    requests: Sequence[VideoRequest],
+    settings: Settings,
+    *,
+    mode: Mode,
+    overwrite: bool = False,
+    notes: Mapping[str, Any] | None = None,
+) -> Job:
+    """The job of these requests in `folder`: the one that is there, or a new one.
+
+    Args:
+        requests: with the model's defaults filled in.
+        mode: "resume" goes on with the job that is there, if it is this one; "add" keeps what any job there holds of
+            these requests, and adds the rest; "new" makes all of them anew, beside what is there.
+        overwrite: with "add": nothing is kept, and files of the same names are replaced.
+        notes: kept beside the settings, such as the command; they decide about nothing.
+
+    Raises:
+        JobChanged: with "resume", if another job is there.
+    """
+    before = manifest.last_job()
+    if mode == "resume" and before is not None:
+        _check_the_same(folder, before, manifest.rows(before.number), requests, settings)
+        remade = _remake_lost(manifest, folder)
+        rows = manifest.rows(before.number)
+        return Job(before.number, rows, [row for row in rows if row.state == State.DONE], remade)
+    remade = 0 if overwrite else _remake_lost(manifest, folder)
+    there = manifest.rows()
+    found = _match(there, requests, settings) if mode == "add" else {}
+    new = [i for i in range(len(requests)) if i not in found]
+    home, known = _home(settings.naming), {row.file for row in there}
+    if overwrite:
+        manifest.remake([row.id for row in found.values()])
+        known = {row.file for row in found.values()}
+    else:
+        known |= {str(path.relative_to(folder)) for path in (folder / home).glob("*.mp4")}
+    taken = {Path(file).name for file in known if Path(file).parent == home}
+    files = [str(home / name) for name in name_all([requests[i] for i in new], settings.naming, taken)]
+    if overwrite:
+        manifest.forget_files(files)
+    turns, ids = in_order(requests), {row.id for row in there}
+    made = [_row(_of_new_id(requests[i], ids), i, turns[i], file, settings) for i, file in zip(new, files, strict=True)]
+    again = [row.id for row in found.values() if overwrite or row.state != State.DONE]
+    manifest.retry((State.FAILED, State.CANCELLED), again)
+    number = manifest.add_job({**settings.record, **(notes or {})}, made, again)
+    every = {**dict(zip(new, made, strict=True)), **found}
+    now = {row.id: row for row in manifest.rows()}
+    rows = [now[every[i].id] for i in range(len(requests))]
+    return Job(number, rows, [row for row in rows if row.state == State.DONE], remade)
+
+
+def _home(naming: Naming) -> Path:
+    """Where videos lie in the output folder: VBench's scorer wants a folder with nothing else in it."""
+    return Path("videos") if naming == "vbench" else Path()
+
+
+def in_order(requests: Sequence[VideoRequest]) -> list[int]:
+    """The turn of each request: the most work first, so that the last batch is of small ones and full; requests that
+    are alike follow one another."""
+    alike = [(-work(r), r.height, r.width, r.frames, r.steps, i) for i, r in enumerate(requests)]
+    turns = [0] * len(requests)
+    for turn, (*_, i) in enumerate(sorted(alike)):
+        turns[i] = turn
+    return turns
+
+
+def _row(request: VideoRequest, number: int, turn: int, file: str, settings: Settings) -> VideoRow:
+    return VideoRow(
+        id=request.id,
+        number=number,
+        turn=turn,
+        request=request.model_dump(mode="json"),
+        fingerprint=settings.fingerprint(request),
+        prompt=request.prompt,
+        seed=str(request.seed),
+        tags=list(request.tags),
+        file=file,
+        state=State.WAITING,
+        step=0,
+        attempts=0,
+    )
+
+
+def _of_new_id(request: VideoRequest, taken: set[str]) -> VideoRequest:
+    """A manifest holds an id once; that of a prompt file comes again when the file is run again."""
+    if request.id not in taken:
+        return request
+    return request.model_copy(update={"id": f"{request.id[: MAX_ID_LENGTH - 7]}~{secrets.token_hex(3)}"})
+
+
+def _match(rows: Sequence[VideoRow], requests: Sequence[VideoRequest], settings: Settings) -> dict[int, VideoRow]:
+    """A row of its own for each request that has one, by the request's place. What is done comes first."""
+    by_fingerprint: dict[str, deque[VideoRow]] = defaultdict(deque)
+    for row in sorted(rows, key=lambda row: (row.state != State.DONE, row.state not in OPEN)):
+        by_fingerprint[row.fingerprint].append(row)
+    fingerprints = map(settings.fingerprint, requests)
+    return {i: by_fingerprint[found].popleft() for i, found in enumerate(fingerprints) if by_fingerprint[found]}
+
+
+def _check_the_same(
+    folder: Path, before: JobRow, rows: Sequence[VideoRow], requests: Sequence[VideoRequest], settings: Settings
+) -> None:
+    now = settings.record
+    differences = [
+        f"{name} was {before.settings.get(name)!r} and is {value!r}"
+        for name, value in now.items()
+        if before.settings.get(name) != value
+    ]
+    found = _match(rows, requests, Settings.of_record(before.settings))
+    fresh = [request for i, request in enumerate(requests) if i not in found]
+    gone = {row.id for row in rows} - {row.id for row in found.values()}
+    differences += [f"new: {_told(request)}" for request in fresh[:SHOWN]]
+    differences += [f"no longer asked for: {_told(row.to_request())}" for row in rows if row.id in gone][:SHOWN]
+    if fresh or gone:
+        differences.append(f"in all, {len(fresh)} new and {len(gone)} no longer asked for, of {len(rows)} videos")
+    if differences:
+        raise JobChanged(folder, differences)
+
+
+def _told(request: VideoRequest) -> str:
+    size = f"{request.width}×{request.height}, {request.frames} frames, {request.steps} steps"
+    return f"{request.prompt[:60]!r}, seed {request.seed}, {size}"
+
+
+def _remake_lost(manifest: Manifest, folder: Path) -> int:
+    """Videos whose file is gone or of another size wait again."""
+    lost = [row for row in manifest.rows(None, State.DONE) if not _there(folder / row.file, row.size)]
+    make_again(manifest, folder, lost)
+    return len(lost)
+
+
+def _there(path: Path, size: int | None) -> bool:
+    try:
+        return path.stat().st_size == size
+    except OSError:
+        return False

@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -46,18 +47,26 @@ def prompts(count: int, seed: int = 1) -> tuple[list[tuple[shapes.Scene, str]], 
     return choose(seen), choose(unseen)
 
 
-def score(asked: Sequence[tuple[shapes.Scene, str]], draw: Draw, **fields: Any) -> Score:
-    """Makes a clip of every caption, with its place in the list as seed, and reads it back."""
+def score(
+    asked: Sequence[tuple[shapes.Scene, str]], draw: Draw, known: tuple[str, ...] = shapes.SHAPES, **fields: Any
+) -> Score:
+    """Makes a clip of every caption, with its place in the list as seed, and reads it back.
+
+    Args:
+        known: the shapes that the reader tells apart.
+    """
     requests = [VideoRequest(prompt=caption, seed=seed, **fields) for seed, (_, caption) in enumerate(asked)]
     right = dict.fromkeys(shapes.ATTRIBUTES, 0)
     for (scene, _), clip in zip(asked, draw(requests), strict=True):
-        for name, matches in shapes.read(clip).matches(scene).items():
+        for name, matches in shapes.read(clip, known).matches(scene).items():
             right[name] += matches
     return Score(len(asked), {name: count / len(asked) for name, count in right.items()})
 
 
-def with_engine(batch: int, isolation: Isolation = "exact", model: str = "demo") -> Draw:
-    engine = Engine.from_pretrained(model, isolation=isolation, max_batch_size=batch)
+def with_engine(
+    batch: int, isolation: Isolation = "exact", model: str = "demo", lora: Sequence[tuple[str | Path, float]] = ()
+) -> Draw:
+    engine = Engine.from_pretrained(model, isolation=isolation, max_batch_size=batch, lora=lora)
     return lambda requests: [video.frames for video in engine.generate(requests)]
 
 
@@ -101,7 +110,7 @@ def main(
     isolation: Literal["exact", "packed"] = "packed" if by == "packed" else "exact"
     draw = with_diffusers(batch, folder) if by == "diffusers" else with_engine(batch, isolation, model)
     seen, unseen = prompts(count)
-    sizes = {"height": height, "width": width, "frames": frames, "steps": steps}
+    sizes: dict[str, Any] = {"height": height, "width": width, "frames": frames, "steps": steps}
     scores = {"seen": score(seen, draw, **sizes), "unseen": score(unseen, draw, **sizes)}
     total = sum(score.all for score in scores.values()) / len(scores)
     if as_json:

@@ -3,6 +3,8 @@
 `draw` makes a clip of a `Scene`, `caption` puts the scene into words, and `read` looks at a clip, drawn or
 generated, and says which scene is in it, by plain image processing. Clips are `uint8 [frames, height, width, 3]`.
 
+`python -m reelbatch.demo.shapes --out FOLDER --clips N` writes clips with their captions, for `reelbatch train`.
+
 Every length below is in pixels of a picture whose shorter side is 64; other sizes scale with that side.
 The floor is not decoration: the VAE's group norms erase the brightness of a nearly uniform picture, so every
 scene carries a fixed contrast that tells its background apart.
@@ -11,10 +13,14 @@ scene carries a fixed contrast that tells its background apart.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+import typer
 from numpy.typing import NDArray
 
 Clip = NDArray[np.uint8]
@@ -33,6 +39,8 @@ COLORS: dict[str, tuple[int, int, int]] = {
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {"black": (0, 0, 0), "white": (255, 255, 255)}
 SIZES: dict[str, float] = {"small": 8.0, "large": 14.0}  # half the extent
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "cross")
+NEW_SHAPES: tuple[str, ...] = ("bar",)
+"""Drawn and read like the others, but in none of the bundled model's clips or captions: for teaching it something."""
 MOTIONS: dict[str, tuple[int, int]] = {  # direction (x to the right, y down)
     "left": (-1, 0),
     "right": (1, 0),
@@ -138,7 +146,9 @@ def _distance(shape: str, x: NDArray[np.floating], y: NDArray[np.floating], radi
         upright = np.maximum(np.abs(x) - arm, np.abs(y) - radius)
         level = np.maximum(np.abs(x) - radius, np.abs(y) - arm)
         return np.minimum(upright, level)
-    raise ValueError(f"shape {shape!r} is none of {', '.join(SHAPES)}")
+    if shape == "bar":  # the cross without its upright arm
+        return np.maximum(np.abs(x) - radius, np.abs(y) - radius / 3)
+    raise ValueError(f"shape {shape!r} is none of {', '.join(SHAPES + NEW_SHAPES)}")
 
 
 def _cover(shape: str, radius: float, center: tuple[float, float], height: int, width: int) -> Mask:
@@ -246,8 +256,8 @@ def _read_motion(centers: NDArray[np.float64], scale: float) -> str:
     return max(MOTIONS, key=lambda name: float(velocity @ np.array(MOTIONS[name])))
 
 
-def read(clip: Clip) -> Attributes:
-    """What a clip `uint8 [frames, height, width, 3]` shows.
+def read(clip: Clip, known: tuple[str, ...] = SHAPES) -> Attributes:
+    """What a clip `uint8 [frames, height, width, 3]` shows; `known`: the shapes that are told apart.
 
     The background is read along the edge, the shape's colour from the pixels farthest from it, the shape and its
     size by the best overlap with a drawn one of the same centre of mass, the motion from how that centre moves.
@@ -262,7 +272,7 @@ def read(clip: Clip) -> Attributes:
         return Attributes(None, None, None, None, background)
     overlaps = {
         (shape, size): _overlap(cover, centers, shape, radius * scale)
-        for shape in SHAPES
+        for shape in known
         for size, radius in SIZES.items()
     }
     (shape, size), best = max(overlaps.items(), key=lambda item: item[1])
@@ -270,3 +280,74 @@ def read(clip: Clip) -> Attributes:
     if best < CLEAR_ENOUGH:
         return Attributes(_nearest(color, COLORS), None, None, motion, background)
     return Attributes(_nearest(color, COLORS), shape, size, motion, background)
+
+
+# A folder of clips ------------------------------------------------------------------------------------------------
+
+CLIP_SIZES = ((64, 64, 9),) * 5 + ((64, 96, 9),) * 2 + ((64, 64, 13),) * 2 + ((64, 64, 5),)
+"""Height, width and frames of the clips that are written, in these proportions."""
+FPS = 8
+
+
+def write_folder(
+    out: Path,
+    clips: int,
+    scenes: Sequence[Scene],
+    seed: int = 0,
+    sizes: Sequence[tuple[int, int, int]] = CLIP_SIZES,
+) -> Path:
+    """Writes clips of scenes drawn by chance, with every wording of their captions (`write_clips`).
+
+    Args:
+        scenes: that are drawn from.
+        sizes: height, width and frames, taken in turn.
+    """
+    rng = np.random.default_rng(seed)
+
+    def drawn() -> Iterator[tuple[Clip, list[str]]]:
+        for number in range(clips):
+            scene = scenes[int(rng.integers(len(scenes)))]
+            captions = [caption(scene, wording) for wording in range(len(WORDINGS))]
+            yield draw(scene, *sizes[number % len(sizes)], rng), captions
+
+    return write_clips(out, drawn())
+
+
+def write_clips(out: Path, clips: Iterable[tuple[Clip, list[str]]]) -> Path:
+    """Writes clips without loss, and metadata.jsonl with their captions; returns the folder."""
+    import av
+
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "metadata.jsonl").open("w", encoding="utf-8") as listed:
+        for number, (clip, captions) in enumerate(clips):
+            name = f"{number:05d}.mp4"
+            height, width = clip.shape[1:3]
+            with av.open(str(out / name), "w") as container:
+                stream = container.add_stream("libx264rgb", rate=FPS, options={"qp": "0"})
+                stream.width, stream.height, stream.pix_fmt = width, height, "rgb24"
+                stream.codec_context.thread_count = 1
+                for frame in clip:
+                    container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+                container.mux(stream.encode(None))
+            listed.write(json.dumps({"file_name": name, "text": captions}) + "\n")
+    return out
+
+
+def _main() -> None:
+    def write(
+        out: Annotated[Path, typer.Option(help="Folder for the clips and metadata.jsonl.")],
+        clips: Annotated[int, typer.Option(min=1, help="How many.")] = 6000,
+        seed: Annotated[int, typer.Option(help="Of the scenes and of where the shapes go.")] = 2,
+        held_out: Annotated[
+            bool, typer.Option("--held-out", help="Of the combinations that the bundled model was never taught.")
+        ] = False,
+    ) -> None:
+        """Write clips of the little world with their captions, as `reelbatch train` takes them."""
+        write_folder(out, clips, split()[held_out], seed)
+        typer.echo(f"{clips} clips in {out}")
+
+    typer.run(write)
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,10 +1,18 @@
-"""Makes the bundled model, from nothing: `python -m reelbatch.demo.train --help`."""
+"""Makes the bundled model, from nothing: `python -m reelbatch.demo.train --help`.
+
+Its transformer is trained by `reelbatch train` itself, with `train.yaml` beside this file:
+
+    python -m reelbatch.demo.train text --work W     # and vae, whiten, polish
+    python -m reelbatch.demo.train export --work W --to W/start          # with an untrained transformer
+    python -m reelbatch.demo.shapes --out W/clips
+    reelbatch train src/reelbatch/demo/train.yaml --model W/start --data W/clips --out W/run
+    python -m reelbatch.demo.train export --work W
+"""
 
 from __future__ import annotations
 
 import json
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,20 +28,31 @@ from diffusers import (
 )
 from transformers import CLIPTextModel, LlamaModel, PreTrainedTokenizerFast
 
-from reelbatch.demo import autoencoder, denoiser, shapes, text_towers
-from reelbatch.demo.denoiser import EncodedClip
+from reelbatch.demo import autoencoder, shapes, text_towers
 from reelbatch.demo.tokenizers import clip_tokenizer, llama_tokenizer
-from reelbatch.models.hunyuan_video import HunyuanVideoTransformer3DModel as Transformer
-from reelbatch.models.text import TextEncoder
+from reelbatch.train.report import read_metrics
 
 BUNDLED = Path(__file__).parent / "model"
 RECORD = Path(__file__).parent / "training.json"
 """Settings and loss curves of the run that made the bundled model."""
 
-LATENT_SHAPES = ((64, 64, 9),) * 5 + ((64, 96, 9),) * 2 + ((64, 64, 13),) * 2 + ((64, 64, 5),)
-"""Height, width and frames of the clips that the transformer learns from, in these proportions."""
+ARCHITECTURE: dict[str, Any] = {
+    "num_attention_heads": 4,
+    "attention_head_dim": 48,
+    "num_layers": 2,
+    "num_single_layers": 4,
+    "num_refiner_layers": 1,
+    "patch_size": 2,
+    "text_embed_dim": text_towers.TEXT_DIM,
+    "pooled_projection_dim": text_towers.POOLED_DIM,
+    "rope_axes_dim": (8, 20, 20),
+}
+"""Of the transformer."""
+FLOW_SHIFT = 3.0
+WHITENED_OVER = 300
+"""Clips whose latents are looked at for their mean and variance."""
 ENCODE_BATCH = 16
-TRAINED = ("vae", "vae_polished", "transformer")
+TRAINED = ("vae", "vae_polished")
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 Work = Annotated[Path, typer.Option(help="Folder for the parts, between the stages.")]
@@ -63,26 +82,19 @@ def vae(work: Work, minutes: Minutes = 30) -> None:
 
 @app.command()
 @torch.no_grad()
-def latents(work: Work, clips: Annotated[int, typer.Option(help="How many to encode.")] = 6000) -> None:
-    """Stage 3: whitens the VAE's latents, and encodes clips of the training scenes."""
+def whiten(work: Work) -> None:
+    """Stage 3: gives the VAE's latents mean 0 and variance 1 in every channel."""
     model = AutoencoderKLHunyuanVideo.from_pretrained(work / "vae").eval()
     scenes, _ = shapes.split()
     rng = np.random.default_rng(2)
-
-    def encoded(count: int) -> Iterator[EncodedClip]:
-        for (height, width, frames), share in Counter(LATENT_SHAPES).items():
-            left = count * share // len(LATENT_SHAPES)
-            while left > 0:
-                batch = [scenes[rng.integers(len(scenes))] for _ in range(min(left, ENCODE_BATCH))]
-                video = autoencoder.to_video([shapes.draw(scene, height, width, frames, rng) for scene in batch])
-                means = model.encode(video).latent_dist.mean
-                # cloned: a view would drag its whole batch into the file
-                yield from (EncodedClip(mean.clone(), scene) for mean, scene in zip(means, batch, strict=True))
-                left -= len(batch)
-
-    autoencoder.whiten(model, [clip.latents for clip in encoded(300)])
+    seen = []
+    for start in range(0, WHITENED_OVER, ENCODE_BATCH):
+        height, width, frames = shapes.CLIP_SIZES[start // ENCODE_BATCH % len(shapes.CLIP_SIZES)]
+        batch = [scenes[rng.integers(len(scenes))] for _ in range(ENCODE_BATCH)]
+        video = autoencoder.to_video([shapes.draw(scene, height, width, frames, rng) for scene in batch])
+        seen += list(model.encode(video).latent_dist.mean)
+    autoencoder.whiten(model, seen)
     model.save_pretrained(work / "vae_whitened")
-    torch.save([(clip.latents, vars(clip.scene)) for clip in encoded(clips)], work / "latents.pt")
 
 
 @app.command()
@@ -93,30 +105,22 @@ def polish(work: Work, minutes: Minutes = 10) -> None:
 
 
 @app.command()
-def transformer(
-    work: Work,
-    minutes: Minutes = 60,
-    further: Annotated[bool, typer.Option("--further", help="Go on from the weights of the last time.")] = False,
-    seed: Annotated[int, typer.Option(help="Another one for every further leg.")] = 0,
-) -> None:
-    """Stage 5: the transformer, on the encoded clips."""
-    encoded = [EncodedClip(clip, shapes.Scene(**scene)) for clip, scene in torch.load(work / "latents.pt")]
-    encoder = TextEncoder(*_text_towers(work), cache_size=len(shapes.scenes()) * len(shapes.WORDINGS) + 1)
-    start = Transformer.from_pretrained(work / "transformer") if further else None
-    _train(work, "transformer", minutes, denoiser.train(encoded, encoder, minutes, start, seed), further)
-
-
-@app.command()
 def export(work: Work, to: Annotated[Path, typer.Option(help="The model folder.")] = BUNDLED) -> None:
-    """Stage 6: a model folder in the Diffusers layout, and the record of the training."""
+    """Stages 5 and 7: a model folder in the Diffusers layout, with the transformer of WORK/run, else an untrained one.
+
+    Into the package itself, the record of the training is written too.
+    """
+    trained = work / "run" / "model" / "transformer"
     llama, tokenizer, clip, tokenizer_2 = _text_towers(work)
     pipeline = HunyuanVideoPipeline(
         text_encoder=llama,
         tokenizer=tokenizer,
         # half precision keeps the package small; it is loaded in the dtype that is asked for
-        transformer=HunyuanVideoTransformer3DModel.from_pretrained(work / "transformer", torch_dtype=torch.float16),
+        transformer=HunyuanVideoTransformer3DModel.from_pretrained(trained, torch_dtype=torch.float16)
+        if trained.exists()
+        else HunyuanVideoTransformer3DModel(**ARCHITECTURE).to(torch.float16),
         vae=AutoencoderKLHunyuanVideo.from_pretrained(_vae(work)),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=denoiser.FLOW_SHIFT),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=FLOW_SHIFT),
         text_encoder_2=clip,
         tokenizer_2=tokenizer_2,
     )
@@ -138,6 +142,10 @@ def export(work: Work, to: Annotated[Path, typer.Option(help="The model folder."
             for stage in TRAINED
             if (work / f"{stage}.json").exists()
         }
+        if (work / "run" / "metrics.csv").exists():
+            rows = read_metrics(work / "run" / "metrics.csv")
+            curve = [{"step": int(row["step"]), "loss": round(float(row["loss"]), 5)} for row in rows if row["loss"]]
+            record["transformer"] = {"legs": [{"about": "reelbatch train with train.yaml", "curve": curve}]}
         RECORD.write_text(json.dumps(record) + "\n", encoding="utf-8")
 
 
@@ -155,12 +163,8 @@ def _text_towers(work: Path) -> tuple[LlamaModel, PreTrainedTokenizerFast, CLIPT
     )
 
 
-def _train(
-    work: Path, name: str, minutes: float, run: Iterator[tuple[Any, dict[str, float]]], further: bool = False
-) -> None:
+def _train(work: Path, name: str, minutes: float, run: Iterator[tuple[Any, dict[str, float]]]) -> None:
     """Follows a training run: saves its averaged weights every minute and at the end, and keeps its loss curve."""
-    path = work / f"{name}.json"
-    legs = json.loads(path.read_text())["legs"] if further else []
     record: dict[str, Any] = {"minutes": minutes, "threads": torch.get_num_threads(), "curve": []}
     save: Callable[[Any], None] = lambda model: model.save_pretrained(work / name)  # noqa: E731
     saved, model = time.monotonic(), None
@@ -171,7 +175,7 @@ def _train(
             save(model)
             saved = time.monotonic()
     save(model)
-    path.write_text(json.dumps({"legs": [*legs, record]}) + "\n", encoding="utf-8")
+    (work / f"{name}.json").write_text(json.dumps({"legs": [record]}) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import reelbatch.models  # noqa: F401  # isort: skip  # before anything of Diffusers: it imports torchao quietly
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from diffusers.training_utils import compute_density_for_timestep_sampling
 from jaxtyping import Float
 from torch import Tensor
 
-from reelbatch.models.hunyuan_video import Branch, HunyuanVideoTransformer3DModel
+from reelbatch.models.branch import Branch
 from reelbatch.models.text import Conditioning
+
+TIMESTEPS = 1000.0
+"""What the network is told is sigma times this."""
 
 
 @dataclass(frozen=True)
@@ -21,41 +28,45 @@ class Example:
     caption: Conditioning
 
 
-def shifted_sigmas(
-    count: int, shift: float, generator: torch.Generator, device: torch.device
+def shift(sigmas: Tensor, by: Tensor | float) -> Tensor:
+    """Levels shifted towards noise, as a schedule of this flow shift takes them (arXiv 2403.03206, section 5.3.2)."""
+    return by * sigmas / (1 + (by - 1) * sigmas)
+
+
+def draw_sigmas(
+    count: int, generator: torch.Generator, *, logit_normal: bool = False, mean: float = 0.0, std: float = 1.0
 ) -> Float[Tensor, " samples"]:
-    """Noise levels, uniform over the steps that a schedule of this flow shift takes; one a sample."""
-    uniform = torch.rand(count, generator=generator).to(device)
-    return shift * uniform / (1 + (shift - 1) * uniform)
+    """Noise levels before the shift, one a sample: uniform, or the sigmoid of a normal (there, section 3.1)."""
+    scheme = "logit_normal" if logit_normal else "none"
+    return compute_density_for_timestep_sampling(scheme, count, mean, std, None, "cpu", generator)
 
 
 def flow_matching_loss(
-    transformer: HunyuanVideoTransformer3DModel,
+    transformer: Callable[..., Any],
     examples: Sequence[Example],
     sigmas: Float[Tensor, " samples"],
     guidance: Float[Tensor, " samples"],
-    generator: torch.Generator,
+    noise: Sequence[Float[Tensor, "channels frames height width"]],
+    dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, " samples"]:
     """Mean squared error of the velocity `noise - latents` at `(1 - sigma) latents + sigma noise`, one a sample.
 
-    Rectified flow (arXiv 2209.03003), in the sign and time convention of Diffusers' flow-matching schedulers. Every
-    sample counts the same, whatever its size.
+    Rectified flow (arXiv 2209.03003), in the sign and time convention of Diffusers' flow-matching schedulers.
 
     Args:
-        examples: they go through the network as one pack.
+        transformer: a `HunyuanVideoTransformer3DModel`, or what wraps one; the examples go through it as one pack.
         sigmas: noise level of each sample, 0 to 1.
         guidance: the embedded guidance scale that each sample is told.
-        generator: of the noise.
+        noise: of each sample, as large as its latents.
+        dtype: of what the network is given.
     """
-    dtype = transformer.dtype
-    noise = [torch.randn(e.latents.shape, generator=generator).to(e.latents.device) for e in examples]
     pack = [
         Branch(
             latents=((1 - sigma) * example.latents + sigma * eps).to(dtype),
             text=example.caption.text.to(dtype),
             pooled=example.caption.pooled.to(dtype),
-            timestep=sigma * 1000,
-            guidance=scale.to(dtype) * 1000,
+            timestep=sigma * TIMESTEPS,
+            guidance=scale.to(dtype) * TIMESTEPS,
         )
         for example, eps, sigma, scale in zip(examples, noise, sigmas, guidance, strict=True)
     ]

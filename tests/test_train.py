@@ -1,0 +1,243 @@
+"""Training: a run learns, is resumed bit for bit, keeps what is good, and says what went wrong."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import clips
+import pytest
+import torch
+from diffusers import HunyuanVideoTransformer3DModel as Reference
+from safetensors.torch import load_file
+
+from reelbatch import Engine, VideoRequest
+from reelbatch.train import loop
+from reelbatch.train.checkpoints import CheckpointError
+from reelbatch.train.config import make_config
+from reelbatch.train.data import DataError
+from reelbatch.train.loop import Run, Trained, TrainingError, make_accelerator, train
+from reelbatch.train.report import read_metrics
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return clips.write_folder(tmp_path_factory.mktemp("clips"))
+
+
+@pytest.fixture
+def base(tiny_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A run of a few seconds; all share one cache."""
+    return {
+        "model": str(tiny_folder),
+        "data": data,
+        "device": "cpu",
+        "cache": tmp_path_factory.getbasetemp() / "encoded",
+        "steps": 4,
+        "batch_tokens": 60,
+        "rank": 2,
+        "learning_rate": 1e-2,
+        "log_every": 1,
+        "save_every": 2,
+    }
+
+
+def run(base: dict[str, Any], out: Path, stop_at: int | None = None, **changes: Any) -> Trained:
+    asked = 0
+
+    def stopping() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked == stop_at
+
+    return train(make_config(base | {"out": out} | changes), stopping=stopping)
+
+
+def weights(found: Trained) -> dict[str, torch.Tensor]:
+    assert found.weights is not None
+    return load_file(found.weights)
+
+
+# A run ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_learns_and_leaves_its_folder(base: dict[str, Any], tmp_path: Path) -> None:
+    told: list[str] = []
+    config = make_config(
+        base
+        | {
+            "out": tmp_path,
+            "steps": 30,
+            "caption_dropout": 0.0,
+            "validation_share": 0.2,
+            "validate_every": 15,
+            "sample_every": 30,
+            "sample_prompts": "a red cat",
+            "save_every": 0,
+        }
+    )
+    found = train(config, told.append)
+    rows = read_metrics(tmp_path / "metrics.csv")
+    held_out = [float(row["validation_loss"]) for row in rows if row["validation_loss"]]
+    assert len(rows) == 30 and len(held_out) == 2
+    assert held_out[1] < held_out[0]
+    assert found.steps == 30 and not found.stopped and found.validation_loss == held_out[1]
+    for name in ("config.yaml", "loss.png", "lora.safetensors", "samples/step-0000030.png"):
+        assert (tmp_path / name).stat().st_size > 0
+    assert any("6 clips to train on, 2 held out, 0 skipped" in line for line in told)
+
+
+def test_what_is_trained_draws_from_its_own_numbers_whoever_shares_the_pack(
+    base: dict[str, Any], tmp_path: Path
+) -> None:
+    """One pack of all samples of a step, or a pack for each: the same loss and the same step."""
+    packed = run(base, tmp_path / "a", batch_size=4, batch_tokens=None)
+    apart = run(base, tmp_path / "b", batch_size=1, batch_tokens=None, accumulate=4)
+    assert packed.loss == pytest.approx(apart.loss, rel=1e-5)
+    for one, other in zip(weights(packed).values(), weights(apart).values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_resumed_run_is_the_run_that_was_never_stopped(base: dict[str, Any], tmp_path: Path, method: str) -> None:
+    changes = {"method": method, "ema_decay": 0.9, "steps": 5, "schedule": "cosine", "warmup_steps": 2, "accumulate": 2}
+    if method == "lora":
+        changes |= {"lora_dropout": 0.2}  # draws from the global generator
+    whole = run(base, tmp_path / "whole", **changes)
+    first = run(base, tmp_path / "parts", stop_at=3, **changes)
+    assert first.stopped and first.steps == 3
+    second = run(base, tmp_path / "parts", resume="auto", **changes)
+    assert second.steps == 5
+    states = [
+        load_file(tmp_path / name / "checkpoints" / "step-0000005" / loop.WEIGHTS_FILE) for name in ("whole", "parts")
+    ]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    averages = [_average(found) for found in (whole, second)]
+    assert all(torch.equal(averages[0][name], averages[1][name]) for name in averages[0])
+    rows = [read_metrics(tmp_path / name / "metrics.csv") for name in ("whole", "parts")]
+    same = ("step", "samples", "loss", "learning_rate", "gradient_norm")
+    assert [[row[name] for name in same] for row in rows[0]] == [[row[name] for name in same] for row in rows[1]]
+
+
+def _average(found: Trained) -> dict[str, torch.Tensor]:
+    assert found.weights is not None
+    file = found.weights
+    return load_file(file if file.is_file() else file / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+def test_full_weights_make_a_model_folder_for_diffusers_and_for_us(
+    base: dict[str, Any], tmp_path: Path, tiny_folder: Path
+) -> None:
+    found = run(base, tmp_path, method="full", steps=2)
+    assert found.weights == tmp_path / "model"
+    reference = Reference.from_pretrained(tmp_path / "model" / "transformer")
+    before = Reference.from_pretrained(tiny_folder / "transformer").state_dict()
+    assert any(not torch.equal(before[name], tensor) for name, tensor in reference.state_dict().items())
+    request = VideoRequest(prompt="a red cat", seed=0, steps=1, frames=1)
+    video = Engine.from_pretrained(str(tmp_path / "model"), device="cpu").generate([request])[0]
+    assert video.frames.shape == (1, 32, 32, 3)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mixed_precision": "bf16"},
+        {"mixed_precision": "fp16"},
+        {"base_dtype": "int8"},
+        {"method": "full", "mixed_precision": "bf16", "gradient_checkpointing": True},
+    ],
+    ids=lambda changes: " ".join(map(str, changes.values())),
+)
+def test_other_precisions_come_near_the_loss_of_fp32(
+    base: dict[str, Any], tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    method = changes.get("method", "lora")
+    plain = run(base, tmp_path / "a", steps=3, method=method, learning_rate=1e-3)
+    other = run(base, tmp_path / "b", steps=3, learning_rate=1e-3, **changes)
+    assert other.loss == pytest.approx(plain.loss, rel=0.05) and other.loss != plain.loss
+
+
+def test_samples_count_the_same_or_by_their_tokens(base: dict[str, Any], tmp_path: Path) -> None:
+    by_sample, by_token = (
+        Run(make_config(base | {"out": tmp_path, "weigh": weigh}), make_accelerator(make_config(base)), print)
+        for weigh in ("samples", "tokens")
+    )
+    numbers = range(4)
+    losses = by_sample.loss(numbers).detach().double()
+    tokens = torch.tensor([by_sample._of(number).video_tokens for number in numbers], dtype=torch.float64)
+    assert len(set(tokens.tolist())) > 1
+    for one in (by_sample, by_token):
+        one._pack = lambda first: range(first, first + 4)  # type: ignore[method-assign]
+    assert by_sample.step().loss == pytest.approx(float(losses.mean()), rel=1e-5)
+    assert by_token.step().loss == pytest.approx(float((losses * tokens).sum() / tokens.sum()), rel=1e-5)
+
+
+# What goes wrong --------------------------------------------------------------------------------------------------
+
+
+def test_broken_files_are_listed_and_the_others_trained_on(base: dict[str, Any], tmp_path: Path) -> None:
+    folder = clips.write_folder(tmp_path / "clips", 4)
+    (folder / "2.mp4").write_bytes(b"no video")
+    found = run(base, tmp_path / "out", data=folder, steps=1)
+    assert len(found.skipped) == 1 and "2.mp4: cannot be decoded" in found.skipped[0]
+    assert "2.mp4" in (tmp_path / "out" / "skipped.txt").read_text()
+    for i in range(4):
+        (folder / f"{i}.mp4").write_bytes(b"no video")
+    with pytest.raises(DataError, match=r"none of the files can be used:\n.*0.mp4"):
+        run(base, tmp_path / "other", data=folder, steps=1)
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_files_and_checkpoint(
+    base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = loop.flow_matching_loss, 0
+
+    def broken(*args: Any, **kwargs: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        losses = real(*args, **kwargs)
+        return torch.cat([losses[:1] * float("nan"), losses[1:]]) if calls == 4 else losses
+
+    monkeypatch.setattr(loop, "flow_matching_loss", broken)
+    with pytest.raises(TrainingError) as caught:
+        run(base, tmp_path)
+    told = str(caught.value)
+    assert "the loss of step 4 is not finite" in told
+    assert told.count(".mp4") == 1  # the one file, not all of the batch
+    assert str(tmp_path / "checkpoints" / "step-0000002") in told
+    assert len(read_metrics(tmp_path / "metrics.csv")) == 3
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(
+    base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = loop.save_file
+
+    def full(weights: Any, path: Path) -> None:
+        real(weights, path)
+        if "0000004" in str(path):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(loop, "save_file", full)
+    told: list[str] = []
+    found = train(make_config(base | {"out": tmp_path, "steps": 5}), told.append)
+    assert any("step 4 could not be saved" in line and "No space left" in line for line in told)
+    assert found.steps == 5  # the run goes on
+    left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert left == ["step-0000002", "step-0000005"]
+
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(OSError, match="step 4 could not be saved"):
+        train(make_config(base | {"out": tmp_path, "steps": 4}))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-0000002"]
+
+
+def test_runs_do_not_mix(base: dict[str, Any], tmp_path: Path) -> None:
+    run(base, tmp_path, steps=2)
+    with pytest.raises(CheckpointError, match="a run with checkpoints is there; give resume: auto"):
+        run(base, tmp_path, steps=2)
+    with pytest.raises(CheckpointError, match=r"is no checkpoint .* there are: .*step-0000002"):
+        run(base, tmp_path, resume=str(tmp_path / "nowhere"))
+    with pytest.raises(CheckpointError, match="holds other weights than this config trains"):
+        run(base, tmp_path, resume="auto", targets=["attn.to_q"])

@@ -125,6 +125,7 @@ def test_a_job_of_other_requests_is_refused_or_made_beside(folder: Folder) -> No
     assert [row.prompt for row in added.kept] == ["a cat 1"]
     assert [row.prompt for row in added.open] == ["a cat 2"]
     list(folder.run(added))
+    assert folder.open(requests[:2]).open == []  # the first one is found again
     new = folder.open(requests, "new")
     assert new.kept == []
     list(folder.run(new))

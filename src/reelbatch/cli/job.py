@@ -16,35 +16,9 @@ import typer
 from rich.console import Console, Group
 from rich.live import Live
 
+from reelbatch.cli import options as given
 from reelbatch.cli.common import OUTPUT, SOME_FAILED, app, check_writable, console, say, warnings_as_lines
 from reelbatch.cli.making import Plan, check_requests, job_settings, make, request_fields
-from reelbatch.cli.options import (
-    AttentionOption,
-    AttentionRule,
-    BatchSize,
-    BatchTokens,
-    CheckpointEvery,
-    Copies,
-    Device,
-    Dtype,
-    FlowShift,
-    Fps,
-    Frames,
-    Guidance,
-    Height,
-    IsolationOption,
-    LoraOption,
-    MaxMemory,
-    Model,
-    NegativePrompt,
-    OffloadOption,
-    Prompt2,
-    Seed,
-    Steps,
-    Tag,
-    TrueCfg,
-    Width,
-)
 
 if TYPE_CHECKING:
     from reelbatch.jobs.manifest import Manifest, VideoRow
@@ -80,7 +54,7 @@ def run(
     prompts: Annotated[
         Path, typer.Argument(help="A prompt file: .txt, .csv, .tsv, .jsonl, .parquet, or VBench_full_info.json.")
     ],
-    copies: Copies = None,
+    copies: given.Copies = None,
     only: Annotated[
         list[str] | None,
         typer.Option(help="As tag=animal or seed=3; may be repeated, and all must hold.", rich_help_panel=SELECTION),
@@ -89,30 +63,30 @@ def run(
     shuffle: Annotated[
         bool, typer.Option("--shuffle", help="In a random order, the same each time.", rich_help_panel=SELECTION)
     ] = False,
-    prompt_2: Prompt2 = None,
-    negative_prompt: NegativePrompt = None,
-    seed: Seed = 0,
-    height: Height = None,
-    width: Width = None,
-    frames: Frames = None,
-    steps: Steps = None,
-    guidance: Guidance = None,
-    true_cfg: TrueCfg = None,
-    flow_shift: FlowShift = None,
-    fps: Fps = None,
-    attention_rule: AttentionRule = None,
-    tag: Tag = None,
-    model: Model = "demo",
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    isolation: IsolationOption = "exact",
-    attention: AttentionOption = "auto",
-    batch_size: BatchSize = None,
-    batch_tokens: BatchTokens = None,
-    max_memory: MaxMemory = None,
-    lora: LoraOption = None,
-    offload: OffloadOption = None,
-    checkpoint_every: CheckpointEvery = None,
+    prompt_2: given.Prompt2 = None,
+    negative_prompt: given.NegativePrompt = None,
+    seed: given.Seed = 0,
+    height: given.Height = None,
+    width: given.Width = None,
+    frames: given.Frames = None,
+    steps: given.Steps = None,
+    guidance: given.Guidance = None,
+    true_cfg: given.TrueCfg = None,
+    flow_shift: given.FlowShift = None,
+    fps: given.Fps = None,
+    attention_rule: given.AttentionRule = None,
+    tag: given.Tag = None,
+    model: given.Model = "demo",
+    device: given.Device = "auto",
+    dtype: given.Dtype = "auto",
+    isolation: given.IsolationOption = "exact",
+    attention: given.AttentionOption = "auto",
+    batch_size: given.BatchSize = None,
+    batch_tokens: given.BatchTokens = None,
+    max_memory: given.MaxMemory = None,
+    lora: given.LoraOption = None,
+    offload: given.OffloadOption = None,
+    checkpoint_every: given.CheckpointEvery = None,
     out: Out = Path("out"),
     manifest: Url = None,
     naming: Annotated[

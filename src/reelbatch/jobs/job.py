@@ -105,12 +105,11 @@ def open_job(
     Raises:
         JobChanged: with "resume", if another job is there.
     """
-    before = manifest.last_job()
-    if mode == "resume" and before is not None:
-        _check_the_same(folder, before, manifest.rows(before.number), requests, settings)
+    if mode == "resume" and (jobs := manifest.jobs()):
+        number = _the_same(manifest, folder, jobs, requests, settings)
         remade = _remake_lost(manifest, folder)
-        rows = manifest.rows(before.number)
-        return Job(before.number, rows, [row for row in rows if row.state == State.DONE], remade)
+        rows = manifest.rows(number)
+        return Job(number, rows, [row for row in rows if row.state == State.DONE], remade)
     remade = 0 if overwrite else _remake_lost(manifest, folder)
     there = manifest.rows()
     found = _match(there, requests, settings) if mode == "add" else {}
@@ -184,9 +183,22 @@ def _match(rows: Sequence[VideoRow], requests: Sequence[VideoRequest], settings:
     return {i: by_fingerprint[found].popleft() for i, found in enumerate(fingerprints) if by_fingerprint[found]}
 
 
-def _check_the_same(
-    folder: Path, before: JobRow, rows: Sequence[VideoRow], requests: Sequence[VideoRequest], settings: Settings
-) -> None:
+def _the_same(
+    manifest: Manifest, folder: Path, jobs: Sequence[JobRow], requests: Sequence[VideoRequest], settings: Settings
+) -> int:
+    """Number of the latest job that is this one; raises `JobChanged`, told of the latest, if none is."""
+    latest: list[str] = []
+    for job in reversed(jobs):
+        found = _differences(job, manifest.rows(job.number), requests, settings)
+        if not found:
+            return job.number
+        latest = latest or found
+    raise JobChanged(folder, latest)
+
+
+def _differences(
+    before: JobRow, rows: Sequence[VideoRow], requests: Sequence[VideoRequest], settings: Settings
+) -> list[str]:
     now = settings.record
     differences = [
         f"{name} was {before.settings.get(name)!r} and is {value!r}"
@@ -200,8 +212,7 @@ def _check_the_same(
     differences += [f"no longer asked for: {_told(row.to_request())}" for row in rows if row.id in gone][:SHOWN]
     if fresh or gone:
         differences.append(f"in all, {len(fresh)} new and {len(gone)} no longer asked for, of {len(rows)} videos")
-    if differences:
-        raise JobChanged(folder, differences)
+    return differences
 
 
 def _told(request: VideoRequest) -> str:

@@ -197,10 +197,6 @@ class Manifest:
 
     # -- jobs --------------------------------------------------------------------------------------
 
-    def last_job(self) -> JobRow | None:
-        with self._reading() as session:
-            return session.scalars(select(JobRow).order_by(JobRow.number.desc()).limit(1)).first()
-
     def jobs(self) -> list[JobRow]:
         with self._reading() as session:
             return list(session.scalars(select(JobRow).order_by(JobRow.number)))

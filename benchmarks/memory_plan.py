@@ -237,8 +237,10 @@ def report(results: list[Result], repeat: int) -> str:
             for phase in ("step", "decode")
             if (sizes := [result.measured[phase] for result in found])
         ]
+        counts = {len(found) for found in groups.values()}
+        times = " to ".join(map(str, sorted({min(counts), max(counts)})))
         spread = (
-            f"- measured {repeat} times each, not always the same: the highest peak is up to {max(spans):.0%} above\n"
+            f"- measured {times} times each, not always the same: the highest peak is up to {max(spans):.0%} above\n"
             "  the lowest of the same work, as the C allocator cannot always use again what was freed\n"
         )
     versions = ", ".join(f"{name} {version(name)}" for name in ("reelbatch", "torch", "diffusers", "transformers"))

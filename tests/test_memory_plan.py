@@ -41,6 +41,8 @@ from reelbatch.models.hunyuan_video import (
 )
 from reelbatch.models.precision import Precision
 from reelbatch.models.vae import VideoDecoder
+from reelbatch.request import ModelLimits
+from reelbatch.tune.calibrate import SCALES, Calibration, Correction, calibrate, fit, small_shapes, store
 from reelbatch.tune.plan import LARGEST_BATCH, Setup, answer, remedies
 
 MIB, GIB = 2**20, 2**30
@@ -192,12 +194,87 @@ def benchmark() -> ModuleType:
 def test_estimates_hold_in_fresh_processes(benchmark: ModuleType) -> None:
     """The fastest of the benchmark's cases; the others are in benchmarks/results/memory_plan_cpu.md."""
     with benchmark.model_folders() as folders:
-        for number in (1, 3, 19):
+        for number in (1, 3, 4, 19):
             case = benchmark.CASES[number - 1]
             result = benchmark.run(case, folders[case.model])
             for phase in PHASES:
-                lowest, highest = memory.ERRORS_MEASURED  # the allocator varies from run to run
-                assert lowest - 0.05 <= result.error(phase) <= highest + 0.05, (str(case), phase, result)
+                assert benchmark.LOWEST <= result.error(phase) <= benchmark.HIGHEST, (str(case), phase, result)
+
+
+@pytest.mark.parametrize(
+    ("latents", "times"), [((16, 2, 4, 4), 0), ((16, 5, 20, 20), 1), ((16, 8, 20, 20), 2)], ids=str
+)
+def test_free_memory_goes_back_before_decoding_is_at_full_size(latents, times, monkeypatch) -> None:
+    """Once for each tile in time that is not small; and frames do not depend on it."""
+    torch.manual_seed(0)
+    decoder = VideoDecoder(
+        AutoencoderKLHunyuanVideo(block_out_channels=(16,) * 4, layers_per_block=1, norm_num_groups=8)
+    )
+    trimmed: list[None] = []
+    monkeypatch.setattr("reelbatch.models.vae.trim_heap", lambda: trimmed.append(None))
+    without = decoder.decode(torch.randn(latents, generator=torch.Generator().manual_seed(1)))
+    assert len(trimmed) == times
+    monkeypatch.undo()
+    assert torch.equal(decoder.decode(torch.randn(latents, generator=torch.Generator().manual_seed(1))), without)
+
+
+def test_another_c_library_has_nothing_to_trim(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory._malloc_trim.cache_clear()
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda _: object())
+    memory.trim_heap()
+    assert memory._malloc_trim() is None
+    memory._malloc_trim.cache_clear()
+
+
+# -- calibration -----------------------------------------------------------------------------------
+
+
+def test_a_line_through_what_was_measured() -> None:
+    assert fit([(100, 120), (200, 230), (300, 340)]) == Correction(scale=1.1, offset=10)
+    assert fit([(100, 70)]) == Correction(scale=1.0, offset=-30)
+    steep = fit([(1000, 1000), (1200, 2000)])
+    assert steep.scale == SCALES[1]
+    assert steep.of(1000) >= 1000 and steep.of(1200) == 2000  # nothing that was measured is underestimated
+    assert Correction(scale=1.0, offset=-50).of(20) == 0
+
+
+def test_small_shapes_are_those_of_the_model() -> None:
+    assert small_shapes(ModelLimits()) == [(128, 128, 9), (192, 192, 17), (256, 256, 17)]
+    assert small_shapes(ModelLimits(spatial_stride=300, temporal_stride=12))[0] == (300, 300, 1)
+
+
+def test_a_calibration_is_measured_stored_used_and_refused(tiny_folder: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("REELBATCH_CACHE", str(tmp_path))
+    words = ("--model", tiny_folder, "--device", "cpu", "--height", 128, "--width", 128, "--frames", 9)
+    before = asked(*words)
+    assert before["calibrated"] is None
+    after = asked(*words, "--calibrate")
+    assert "corrected by 3 small videos measured here" in after["calibrated"]
+    assert after["estimated"]["step"]["weights"] == before["estimated"]["step"]["weights"]
+    assert after["estimated"]["text"] == before["estimated"]["text"]
+
+    (file,) = (tmp_path / "calibrations").glob("*.json")
+    kept = Calibration.model_validate_json(file.read_text())
+    for phase in PHASES:
+        estimated = before["estimated"][phase]["activations"]
+        assert after["estimated"][phase]["activations"] == getattr(kept, phase).of(estimated)
+        assert len(kept.errors[phase]) == 3
+    assert asked(*words)["calibrated"] == after["calibrated"]
+    assert "corrected by" in call(*words)[1]
+    assert asked(*words, "--dtype", "bf16")["calibrated"] is None  # measured in float32
+
+    versions = {**kept.identity.versions, "torch": "1.0"}
+    store(kept.model_copy(update={"identity": kept.identity.model_copy(update={"versions": versions})}))
+    stale = asked(*words)
+    assert "measured with torch 1.0" in stale["calibrated"] and "--calibrate" in stale["calibrated"]
+    assert stale["estimated"] == before["estimated"]
+    file.write_text("{}")
+    assert "damaged" in asked(*words)["calibrated"]
+
+
+def test_only_what_is_here_is_calibrated() -> None:
+    with pytest.raises(ValueError, match="Calibrating runs the model"):
+        calibrate("hunyuanvideo-13b", device="cpu")
 
 
 def test_what_is_told_of_the_errors_is_what_was_measured(benchmark: ModuleType) -> None:
@@ -268,7 +345,7 @@ def test_exact_keeps_the_streams_of_all_and_the_wide_tensors_of_one() -> None:
         for count in (1, 2)
     }
     more = {isolation: costs[isolation, 2] - costs[isolation, 1] for isolation in ("exact", "packed")}
-    assert 3 < more["packed"] / more["exact"] < 6  # 15 copies of the rows against 3
+    assert 4 < more["packed"] / more["exact"] < 8  # 13 copies of the rows against 2
 
 
 def test_branches_of_one_sample_share_a_pack() -> None:
@@ -410,9 +487,9 @@ TILES = "VAE tiles"
         ("60GiB", [TILES]),
         ("50GiB", [TILES, "--batch-size 1"]),
         ("45GiB", [TILES, "--offload component"]),
-        ("40GiB", [TILES, "--offload component", "--batch-size 3"]),
+        ("38GiB", [TILES, "--offload component", "--batch-size 3"]),
         ("24GiB", [TILES, "--offload block"]),
-        ("16GiB", [TILES, "--offload block", "--batch-size 2"]),
+        ("16GiB", [TILES, "--offload block", "--batch-size 3"]),
     ],
 )
 def test_every_remedy_is_one_and_the_cheapest_is_first(available: str, first: list[str]) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from reelbatch.engine.engine import Engine, Failure
-from reelbatch.engine.recovery import free_memory, is_out_of_memory, log
+from reelbatch.engine.recovery import OutOfMemory, free_memory, is_out_of_memory, log
 from reelbatch.engine.sample import SavedState
 from reelbatch.jobs.manifest import BEAT_SECONDS, OPEN, Made, Manifest, ManifestError, VideoRow
 from reelbatch.jobs.states import States
@@ -225,23 +225,34 @@ class Run:
             raise FolderError(f"{self.folder} takes no more files")
         for wait in (*WRITE_AGAIN_AFTER, None):
             try:
-                return self._write_once(video, row)
-            except Exception as error:
-                if is_out_of_memory(error):
-                    log.warning("out of memory in writing %s: tried again after memory was freed", row.file)
-                    free_memory()
-                    wait = 0.0 if wait is not None else None
-                elif isinstance(error, ManifestError) or not _of_the_folder(error):
+                return self._write_or_free(video, row)
+            except OSError as error:
+                if isinstance(error, ManifestError) or not _of_the_folder(error):
                     raise
                 if wait is None:
                     self._given_up = True
                     raise FolderError(
-                        f"{self.folder} takes no more files: {getattr(error, 'strerror', None) or error}. Nothing is "
-                        "lost: put that right, and the same command goes on."
+                        f"{self.folder} takes no more files: {error.strerror or error}. Nothing is lost: put that "
+                        "right, and the same command goes on."
                     ) from error
                 log.warning("%s could not be written (%s): tried again in %g s", row.file, error, wait)
                 time.sleep(wait)
         raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def _write_or_free(self, video: Video, row: VideoRow) -> dict[str, Any] | None:
+        try:
+            return self._write_once(video, row)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        log.warning("out of memory in writing %s: tried again after memory was freed", row.file)
+        free_memory()
+        try:
+            return self._write_once(video, row)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise OutOfMemory(f"writing {row.file} runs out of memory, also after memory was freed: {error}") from error
 
     def _write_once(self, video: Video, row: VideoRow) -> dict[str, Any] | None:
         started, own = time.perf_counter(), self._own_folder(self._heart.owner)

@@ -628,6 +628,7 @@ class HunyuanVideoTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
         for block in self.transformer_blocks:
             streams = self._run(block, streams)
         joined = [stream.join() for stream in streams]
+        del streams  # else they would stay through all that follows
         for block in self.single_transformer_blocks:
             joined = self._run(block, joined)
         return [self._velocities(pack, shape) for pack, shape in zip(joined, shapes, strict=True)]

@@ -26,6 +26,7 @@ from reelbatch.engine.recovery import gibibytes
 from reelbatch.models.checkpoint import DEMO_FOLDER, REAL_MODEL, choose_device, inspect
 from reelbatch.models.precision import Precision
 from reelbatch.request import ModelLimits
+from reelbatch.tune.calibrate import Calibration, find
 
 PLAIN_13B = ("hunyuanvideo-13b", "hunyuanvideo", "13b", REAL_MODEL.lower())
 """Names of HunyuanVideo (13B) that are planned from the configuration in the code, without a folder."""
@@ -39,6 +40,7 @@ class Setup:
 
     Attributes:
         held: bytes that the process holds before the model is loaded; they count on a CPU.
+        calibration: what estimates are corrected by, in the dtype that it was measured in.
     """
 
     network: Network
@@ -50,9 +52,10 @@ class Setup:
     offload: Offload = "none"
     tiled: bool = False
     held: int = 0
+    calibration: Calibration | None = None
 
     def plan(self) -> Plan:
-        return plan(
+        estimated = plan(
             self.network,
             [self.shape] * self.batch_size,
             dtypes=self.precision,
@@ -61,6 +64,8 @@ class Setup:
             tiled=self.tiled,
             device=self.device,
         )
+        known = self.calibration
+        return known.corrected(estimated) if known and known.identity.dtype == str(self.precision) else estimated
 
     def peak(self) -> int:
         """Estimated bytes, with those that the process holds already."""
@@ -101,6 +106,14 @@ class Answer:
     available: int
     largest_batch: int
     remedies: tuple[Remedy, ...]
+    refused: str | None = None
+
+    @property
+    def calibrated(self) -> str | None:
+        """Whether estimates are corrected by measured ones, in a line; None where nothing was ever measured."""
+        if self.setup.calibration is not None:
+            return self.setup.calibration.line
+        return self.refused and f"the stored calibration is not used: {self.refused}; run `reelbatch plan --calibrate`"
 
     @property
     def fits(self) -> bool:
@@ -141,6 +154,7 @@ class Answer:
             "largest_batch": self.largest_batch,
             "remedies": [{"changes": list(remedy.changes), "peak": remedy.peak} for remedy in self.remedies],
             "verdict": self.verdict,
+            "calibrated": self.calibrated,
             "estimates": how_far_off(setup.device),
         }
 
@@ -180,25 +194,43 @@ def answer(
     shape = VideoShape(request.height or 0, request.width or 0, request.frames or 0, cfg)
     where = _device(device, max_memory)
     held = held_bytes("cpu") if where.type == "cpu" else 0
-    setup = Setup(network, shape, batch_size, Precision.parse(dtype, where), where, isolation, offload, held=held)
+    precision = Precision.parse(dtype, where)
+    known, refused = _stored(model, network, device, where, precision)
+    setup = Setup(network, shape, batch_size, precision, where, isolation, offload, held=held, calibration=known)
     available = device_memory_bytes(where) if max_memory is None else max_memory
     found = setup.plan()
     fits = held + found.peak <= available
-    return Answer(
-        setup, found, available, setup.largest_batch(available), () if fits else tuple(remedies(setup, available))
-    )
+    instead = () if fits else tuple(remedies(setup, available))
+    return Answer(setup, found, available, setup.largest_batch(available), instead, refused)
+
+
+def _stored(
+    model: str, network: Network, device: str, where: torch.device, precision: Precision
+) -> tuple[Calibration | None, str | None]:
+    """The calibration of a model and a device that are both here, or why the one that is stored is not used."""
+    if model.lower() in PLAIN_13B:
+        return None, None
+    try:
+        choose_device(device)
+    except ValueError:
+        return None, None
+    return find(_model_folder(model), network.name, where, precision)
 
 
 def open_network(model: str) -> tuple[Network, ModelLimits]:
     """What is known of a model without loading it."""
     if model.lower() in PLAIN_13B:
         return Network.hunyuanvideo_13b(), ModelLimits()
-    folder = DEMO_FOLDER if model == "demo" else Path(model).expanduser()
+    folder = _model_folder(model)
     if not folder.is_dir():
         raise ValueError(
             f"model {model!r}: no such folder. A plan downloads nothing: give a model folder, demo, or {PLAIN_13B[0]}"
         )
     return Network.from_folder(folder), inspect(folder).limits
+
+
+def _model_folder(model: str) -> Path:
+    return DEMO_FOLDER if model == "demo" else Path(model).expanduser()
 
 
 def _device(device: str, max_memory: int | None) -> torch.device:

@@ -35,6 +35,7 @@ MOST_BINS = 60
 PAUSE_SECONDS = 60.0
 """Moments in which nothing ran, and which are too short to be drawn as a pause."""
 FAULTS_SHOWN, PROMPTS_SHOWN, ERROR_SHOWN = 50, 5, 2000
+BAR = (State.DONE, State.RUNNING, State.WAITING, State.FAILED, State.CANCELLED)
 SAFE_INTEGER = 2**53 - 1  # what a JavaScript number holds exactly
 SAID_BY_ROW = ("id", "prompt", "seed", "tags")
 """Fields of a request that the row has too."""
@@ -140,7 +141,7 @@ def _data(jobs: Sequence[JobRow], rows: Sequence[VideoRow], faults: Sequence[Fau
         "versions": versions.values,
         "phases": _phases(rows),
         "jobs": [job.number for job in jobs],
-        "states": list(State),
+        "states": list(BAR),
     }
 
 
@@ -206,8 +207,8 @@ def group_faults(rows: Iterable[VideoRow]) -> list[Fault]:
 
 def _likeness(row: VideoRow) -> str:
     error = row.error or ""
-    for own in sorted(filter(None, (row.id, row.file, row.prompt, row.seed)), key=len, reverse=True):
-        error = error.replace(own, "…")
+    for own in sorted(filter(None, (row.id, row.file, row.prompt)), key=len, reverse=True):
+        error = re.sub(rf"(?<!\w){re.escape(own)}(?!\w)", "…", error)
     return re.sub(r"\b[0-9a-f]{8,}\b|\d+(?:[.,]\d+)*", "#", error)
 
 
@@ -309,7 +310,7 @@ def _states(counts: Mapping[str, int], total: int) -> str:
     """A bar with a part for each state, and what they are; a press on one shows only its videos."""
     if not total:
         return '<p class="about">No video has been asked for yet.</p>'
-    there = [state for state in State if counts.get(state)]
+    there = [state for state in BAR if counts.get(state)]
     parts = "".join(f'<i class="{state}" style="flex-grow:{counts[state]}"></i>' for state in there)
     legend = "".join(
         f'<button type="button" data-state="{state}"><i class="{state}"></i>{counts[state]:,} {state}</button>'
@@ -334,7 +335,7 @@ def _throughput(found: Sequence[Stretch]) -> str:
     top = math.ceil(top / step) * step
     pause = min(2.0, 30 / len(found))  # per cent of the width
     scale = (100 - pause * (len(found) - 1)) / total
-    rects, pauses, labels, left = [], [], [], 0.0
+    rects, pauses, places, left = [], [], [], 0.0
     for place, (stretch, bins) in enumerate(zip(found, drawn, strict=True)):
         if place:
             length = duration(stretch.start - found[place - 1].end)
@@ -346,9 +347,8 @@ def _throughput(found: Sequence[Stretch]) -> str:
                 f'<rect x="{x:.3f}" y="{100 - height:.2f}" width="{max(width * 0.92, 0.05):.3f}" height="{height:.2f}">'
                 f"<title>{_figure(rate)} an hour, {_clock(start)} to {_clock(end)} UTC</title></rect>"
             )
-        labels.append((left, stretch.start))
+        places.append((left, stretch.start))
         left += stretch.seconds * scale
-    labels.append((100.0, found[-1].end))
     lines, ticks = [], []
     for i in range(round(top / step) + 1):
         y = 100 - 100 * i * step / top
@@ -361,24 +361,20 @@ def _throughput(found: Sequence[Stretch]) -> str:
     noted = "" if len(found) == 1 else f" In {len(found):,} stretches; pauses between them are drawn narrow."
     return (
         f'<h2>Videos an hour</h2><figure><div class="plot"><div class="up">{"".join(ticks)}</div>'
-        f'<div class="area">{svg}{"".join(pauses)}</div><div class="along">{_along(labels, found)}</div></div>'
+        f'<div class="area">{svg}{"".join(pauses)}</div><div class="along">{_along(places, scale, found)}</div></div>'
         f"<figcaption>Videos done in each span of time, by the hour; times are UTC.{noted}"
         "</figcaption></figure>"
     )
 
 
-def _along(edges: Sequence[tuple[float, float]], found: Sequence[Stretch]) -> str:
-    """Times below the plot, about five; of several stretches, where they begin, as far as there is room."""
-    if len(found) == 1:
-        start, end = found[0].start, found[0].end
-        edges = [(25.0 * i, start + (end - start) * i / 4) for i in range(5)]
-    shown: list[str] = []
-    last = -100.0
-    for x, at in edges[:-1]:
-        if x - last >= 18 and x <= 82:
-            shown.append(_label(x, at, found))
-            last = x
-    return "".join([*shown, _label(*edges[-1], found)])
+def _along(places: Sequence[tuple[float, float]], scale: float, found: Sequence[Stretch]) -> str:
+    """Times below the plot. places: of each stretch, where it begins (per cent) and its first moment."""
+    shown = []
+    for x in (0.0, 25.0, 50.0, 75.0, 100.0):
+        left, start = max((place for place in places if place[0] <= x), default=places[0])
+        end = next(stretch.end for stretch in found if stretch.start == start)
+        shown.append(_label(x, min(end, start + (x - left) / scale), found))
+    return "".join(shown)
 
 
 def _label(x: float, at: float, found: Sequence[Stretch]) -> str:
@@ -487,7 +483,7 @@ def _without_passwords(value: Any) -> Any:
         return {key: _without_passwords(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_without_passwords(inner) for inner in value]
-    return re.sub(r"(\w://[^\s/:@]*):[^\s/]*@", r"\1:***@", value) if isinstance(value, str) else value
+    return re.sub(r"(\w://[^\s/:@]*):\S*@", r"\1:***@", value) if isinstance(value, str) else value
 
 
 # -- figures ---------------------------------------------------------------------------------------------

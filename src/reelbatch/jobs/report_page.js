@@ -217,8 +217,9 @@
     const least = (width < 560 ? 9.4 : 14) * rem;
     size.columns = Math.max(1, Math.floor((width + GAP) / (least + GAP)));
     size.width = (width - GAP * (size.columns - 1)) / size.columns;
-    size.media = Math.round(size.width / ratio);
-    size.height = size.media + Math.round((tags.length ? 7.1 : 5.7) * rem);
+    size.media = (size.width - 2) / ratio; // less the card's edges
+    const narrow = size.width < 13 * rem; // what is told of a video then takes a third line
+    size.height = Math.ceil(size.media + ((tags.length ? 7.1 : 5.7) + (narrow ? 1.2 : 0)) * rem);
     return true;
   }
 
@@ -260,6 +261,8 @@
   function put(at) {
     const cell = spare.pop() ?? makeCell();
     const row = shown[at];
+    const after = Math.min(...[...cells.keys()].filter((other) => other > at));
+    grid.insertBefore(cell.root, cells.get(after)?.root ?? null); // Tab and screen readers go by this order
     cells.set(at, cell);
     cell.at = at;
     const { style } = cell.root;
@@ -280,7 +283,6 @@
     const cell = { root, card: find(".card"), media: find(".media"), video: find("video"), note: find(".note"),
                    badge: find(".badge"), prompt: find(".prompt"), facts: find(".facts"), tags: find(".tags") };
     root.cell = cell;
-    grid.append(root);
     return cell;
   }
 
@@ -295,7 +297,7 @@
     cell.prompt.textContent = beginning(row.prompt, 300);
     cell.facts.textContent = [
       `seed ${row.seed}`, sizeText(row), row.rest.steps ? `${row.rest.steps} steps` : null, secondsText(row.took),
-    ].filter(Boolean).join(" · ");
+    ].filter(Boolean).map((part) => part.replaceAll(" ", "\u00a0")).join(" · ");
     cell.tags.replaceChildren(...(row.tags ?? []).slice(0, 12).map((tag) => {
       const mark = document.createElement("bdi");
       mark.className = "tag";
@@ -413,9 +415,10 @@
   const large = dialog.querySelector("video");
   const inView = (what) => dialog.querySelector(what);
   let seen = null;
+  let viewed = 0; // its place among those shown
 
   function view(at) {
-    current = at;
+    viewed = at;
     seen = shown[at];
     const done = seen.state === "done";
     large.hidden = !done;
@@ -481,7 +484,7 @@
   }
 
   const turn = (by) => {
-    const at = current + by;
+    const at = viewed + by;
     if (at >= 0 && at < shown.length) view(at);
   };
   inView(".previous").addEventListener("click", () => turn(-1));
@@ -494,7 +497,7 @@
     large.pause();
     large.removeAttribute("src");
     large.load();
-    focusCard(current);
+    focusCard(viewed); // the browser has put the focus back to the card that was opened first
   });
   large.addEventListener("error", () => {
     if (!large.hasAttribute("src")) return;

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +17,11 @@ from safetensors.torch import load_file
 
 from reelbatch import Engine, VideoRequest
 from reelbatch.train import loop
-from reelbatch.train.checkpoints import CheckpointError
-from reelbatch.train.config import make_config
+from reelbatch.train.checkpoints import CheckpointError, Checkpoints, Position
+from reelbatch.train.config import make_config, read_config
 from reelbatch.train.data import DataError
-from reelbatch.train.loop import Run, Trained, TrainingError, make_accelerator, train
+from reelbatch.train.devices import forget_precision, make_accelerator
+from reelbatch.train.loop import Run, Trained, TrainingError, train
 from reelbatch.train.report import read_metrics
 
 
@@ -26,7 +30,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return clips.write_folder(tmp_path_factory.mktemp("clips"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def base(tiny_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A run of a few seconds; all share one cache."""
     return {
@@ -43,6 +47,12 @@ def base(tiny_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
     }
 
 
+@pytest.fixture(autouse=True)
+def _any_precision() -> Iterator[None]:
+    yield
+    forget_precision()
+
+
 def run(base: dict[str, Any], out: Path, stop_at: int | None = None, **changes: Any) -> Trained:
     asked = 0
 
@@ -52,6 +62,14 @@ def run(base: dict[str, Any], out: Path, stop_at: int | None = None, **changes: 
         return asked == stop_at
 
     return train(make_config(base | {"out": out} | changes), stopping=stopping)
+
+
+@pytest.fixture(scope="module")
+def plain_losses(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+    """The loss of the second step in fp32, by method."""
+    changes = {"steps": 2, "learning_rate": 1e-3}
+    out = tmp_path_factory.mktemp("plain")
+    return {method: run(base, out / method, method=method, **changes).loss for method in ("lora", "full")}
 
 
 def weights(found: Trained) -> dict[str, torch.Tensor]:
@@ -68,11 +86,11 @@ def test_a_run_learns_and_leaves_its_folder(base: dict[str, Any], tmp_path: Path
         base
         | {
             "out": tmp_path,
-            "steps": 30,
+            "steps": 20,
             "caption_dropout": 0.0,
             "validation_share": 0.2,
-            "validate_every": 15,
-            "sample_every": 30,
+            "validate_every": 10,
+            "sample_every": 20,
             "sample_prompts": "a red cat",
             "save_every": 0,
         }
@@ -80,10 +98,10 @@ def test_a_run_learns_and_leaves_its_folder(base: dict[str, Any], tmp_path: Path
     found = train(config, told.append)
     rows = read_metrics(tmp_path / "metrics.csv")
     held_out = [float(row["validation_loss"]) for row in rows if row["validation_loss"]]
-    assert len(rows) == 30 and len(held_out) == 2
+    assert len(rows) == 20 and len(held_out) == 2
     assert held_out[1] < held_out[0]
-    assert found.steps == 30 and not found.stopped and found.validation_loss == held_out[1]
-    for name in ("config.yaml", "loss.png", "lora.safetensors", "samples/step-0000030.png"):
+    assert found.steps == 20 and not found.stopped and found.validation_loss == held_out[1]
+    for name in ("config.yaml", "loss.png", "lora.safetensors", "samples/step-0000020.png"):
         assert (tmp_path / name).stat().st_size > 0
     assert any("6 clips to train on, 2 held out, 0 skipped" in line for line in told)
 
@@ -150,12 +168,11 @@ def test_full_weights_make_a_model_folder_for_diffusers_and_for_us(
     ids=lambda changes: " ".join(map(str, changes.values())),
 )
 def test_other_precisions_come_near_the_loss_of_fp32(
-    base: dict[str, Any], tmp_path: Path, changes: dict[str, Any]
+    base: dict[str, Any], tmp_path: Path, plain_losses: dict[str, float], changes: dict[str, Any]
 ) -> None:
-    method = changes.get("method", "lora")
-    plain = run(base, tmp_path / "a", steps=3, method=method, learning_rate=1e-3)
-    other = run(base, tmp_path / "b", steps=3, learning_rate=1e-3, **changes)
-    assert other.loss == pytest.approx(plain.loss, rel=0.05) and other.loss != plain.loss
+    other = run(base, tmp_path, steps=2, learning_rate=1e-3, **changes).loss
+    expected = plain_losses[changes.get("method", "lora")]
+    assert other == pytest.approx(expected, rel=0.05) and other != expected
 
 
 def test_samples_count_the_same_or_by_their_tokens(base: dict[str, Any], tmp_path: Path) -> None:
@@ -165,10 +182,10 @@ def test_samples_count_the_same_or_by_their_tokens(base: dict[str, Any], tmp_pat
     )
     numbers = range(4)
     losses = by_sample.loss(numbers).detach().double()
-    tokens = torch.tensor([by_sample._of(number).video_tokens for number in numbers], dtype=torch.float64)
+    tokens = torch.tensor([by_sample.samples.of(number).video_tokens for number in numbers], dtype=torch.float64)
     assert len(set(tokens.tolist())) > 1
     for one in (by_sample, by_token):
-        one._pack = lambda first: range(first, first + 4)  # type: ignore[method-assign]
+        one.samples.pack = lambda first: range(first, first + 4)  # type: ignore[method-assign]
     assert by_sample.step().loss == pytest.approx(float(losses.mean()), rel=1e-5)
     assert by_token.step().loss == pytest.approx(float((losses * tokens).sum() / tokens.sum()), rel=1e-5)
 
@@ -235,9 +252,97 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(
 
 def test_runs_do_not_mix(base: dict[str, Any], tmp_path: Path) -> None:
     run(base, tmp_path, steps=2)
-    with pytest.raises(CheckpointError, match="a run with checkpoints is there; give resume: auto"):
-        run(base, tmp_path, steps=2)
-    with pytest.raises(CheckpointError, match=r"is no checkpoint .* there are: .*step-0000002"):
-        run(base, tmp_path, resume=str(tmp_path / "nowhere"))
-    with pytest.raises(CheckpointError, match="holds other weights than this config trains"):
-        run(base, tmp_path, resume="auto", targets=["attn.to_q"])
+    written = (tmp_path / "config.yaml").read_text()
+    for changes, said in (
+        ({}, "a run with checkpoints is there; give resume: auto"),
+        ({"resume": str(tmp_path / "nowhere")}, r"is no checkpoint .* there are: .*step-0000002"),
+        ({"resume": "auto", "targets": ["attn.to_q"]}, "holds other weights than this config trains"),
+        ({"resume": "auto", "rank": 1}, "holds other weights than this config trains"),
+        ({"resume": "auto", "optimizer": "adafactor"}, "was made with optimizer=adamw; this config has optimizer=ada"),
+        ({"resume": "auto", "ema_decay": 0.9}, "was made with ema=False; this config has ema=True"),
+    ):
+        with pytest.raises(CheckpointError, match=said):
+            run(base, tmp_path, steps=2, **changes)
+    assert (tmp_path / "config.yaml").read_text() == written
+    (tmp_path / "checkpoints" / "step-0000002" / "optimizer.bin").write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match="step-0000002: cannot be gone on from"):
+        run(base, tmp_path, steps=3, resume="auto")
+
+
+def test_a_resumed_run_takes_the_settings_and_the_clips_that_it_is_given(
+    base: dict[str, Any], data: Path, tmp_path: Path
+) -> None:
+    run(base, tmp_path / "out", steps=2, schedule="linear", warmup_steps=1)
+    rows = (data / "metadata.jsonl").read_text().splitlines()
+    fewer = tmp_path / "clips.jsonl"
+    fewer.write_text("\n".join(row.replace('"file_name": "', f'"file_name": "{data}/') for row in rows[:4]))
+    changes = {"steps": 4, "schedule": "linear", "learning_rate": 1e-3, "weight_decay": 0.5, "data": fewer}
+    config = make_config(base | {"out": tmp_path / "out", "resume": "auto"} | changes)
+    told: list[str] = []
+    going_on = Run(config, make_accelerator(config), told.append)
+    assert going_on.optimizer.param_groups[0]["weight_decay"] == 0.5
+    assert going_on.schedule.get_last_lr() == [pytest.approx(1e-3 * 0.5)]  # two of four steps are behind it
+    assert any("the clips are not those of the checkpoint" in line for line in told)
+    going_on.go(lambda: False)
+    assert [row["step"] for row in read_metrics(tmp_path / "out" / "metrics.csv")] == ["1", "2", "3", "4"]
+    assert read_config(tmp_path / "out" / "config.yaml") == config.model_copy(update={"resume": None})
+
+
+def test_a_clip_that_is_held_out_is_never_trained_on_and_one_must_be_left(
+    base: dict[str, Any], data: Path, tmp_path: Path
+) -> None:
+    one = tmp_path / "one.jsonl"
+    one.write_text(json.dumps({"file_name": str(data / "0.mp4"), "text": "a cat"}))
+    config = make_config(base | {"out": tmp_path, "validation": one, "batch_tokens": 8})
+    told: list[str] = []
+    found = Run(config, make_accelerator(config), told.append)
+    assert len(found.dataset.clips) == 7 and len(found.dataset.held_out) == 1
+    assert not {clip.clip.path for clip in found.dataset.clips} & {clip.clip.path for clip in found.dataset.held_out}
+    assert any("clips are larger than batch_tokens=8 (the largest has" in line for line in told)
+    assert len(found.samples.pack(0)) == 1
+    for changes in ({"validation_share": 0.1}, {"validation": one}):
+        with pytest.raises(DataError, match="all 1 clips are held out"):
+            run(base, tmp_path, data=one, **changes)
+
+
+def test_what_to_sample_is_looked_at_before_anything_is_encoded(base: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nowhere\.txt"):
+        run(base, tmp_path, sample_prompts=["nowhere.txt"], cache=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_step_that_overflows_in_fp16_is_skipped_with_its_learning_rate_and_average(
+    base: dict[str, Any], tmp_path: Path
+) -> None:
+    changes = {"out": tmp_path, "mixed_precision": "fp16", "ema_decay": 0.9, "schedule": "linear", "batch_size": 1}
+    config = make_config(base | changes)
+    accelerator = make_accelerator(config)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+    found = Run(config, accelerator, print)
+    before = {name: parameter.clone() for name, parameter in found.trained.items()}
+    assert found.ema is not None
+    assert not math.isfinite(found.step().gradient_norm)
+    assert found.schedule.get_last_lr() == [1e-2] and found.ema.optimization_step == 0 and found.position.step == 1
+    assert all(torch.equal(parameter, before[name]) for name, parameter in found.trained.items())
+    assert accelerator.scaler.get_scale() == 2.0**59
+
+    next(iter(found.trained.values())).register_hook(lambda gradient: gradient * math.nan)
+    found.step()  # it may be the scale
+    accelerator.scaler.update(0.5)
+    with pytest.raises(TrainingError, match="the gradient of step 3 is not finite"):
+        found.step()
+
+
+# Checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_kept_only_if_all_devices_have_written_and_replaces_later_ones(tmp_path: Path) -> None:
+    kept = Checkpoints(tmp_path, 2)
+    for step in (1, 2, 3):
+        kept.save(Position(step), lambda folder: None)
+    assert [path.name for path in kept.all()] == ["step-0000002", "step-0000003"]
+    with pytest.raises(OSError, match="another device could not write"):
+        kept.save(Position(4), lambda folder: None, anywhere=lambda failed: True)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-0000002", "step-0000003"]
+    kept.save(Position(2), lambda folder: None)  # as a run does that went on from before
+    assert [path.name for path in kept.all()] == ["step-0000002"]

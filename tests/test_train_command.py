@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import clips
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import MetadataIndex
 from typer.testing import CliRunner
 
 from reelbatch.cli import app
@@ -120,44 +123,86 @@ def test_ctrl_c_finishes_the_step_and_the_run_goes_on_later(
 
 TWO = """
 import os, sys
-import reelbatch.cli, reelbatch.train.loop, reelbatch.engine.engine
+import reelbatch.cli, reelbatch.train.loop
+from reelbatch.train.devices import forget_precision
+import torch.distributed as group
 child = os.fork()
 os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(int(child == 0))
+end = len(sys.argv) - 1 - sys.argv[::-1].index("train")
 code = 1
 try:
-    reelbatch.cli.app()
-except SystemExit as end:
-    code = end.code or 0
-if child:
-    code = code or os.waitpid(child, 0)[1]
-os._exit(code)
+    assert not reelbatch.cli.app(sys.argv[1:end], standalone_mode=False)
+    group.destroy_process_group()
+    forget_precision()
+    os.environ["MASTER_PORT"] = os.environ["OTHER_PORT"]  # one may still find the first group's store
+    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    os.environ["FSDP_AUTO_WRAP_POLICY"] = "TRANSFORMER_BASED_WRAP"
+    assert not reelbatch.cli.app(sys.argv[end:], standalone_mode=False)
+    code = 0
+finally:
+    if child:
+        code = code or os.waitpid(child, 0)[1]
+    sys.stderr.flush()
+    if code:
+        import traceback
+        traceback.print_exc()
+    os._exit(code)
 """
 
 
 def test_two_processes_do_what_one_does_on_the_same_batch(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
-    one = CliRunner().invoke(
-        app, flags(tiny_folder, data, tmp_path / "one", "--accumulate", "2", "--validation-share", "0.2")
-    )
-    assert one.exit_code == 0, one.output
-    command = flags(tiny_folder, data, tmp_path / "two", "--validation-share", "0.2")
-    # what torchrun does, with one import for both
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    environment = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    """DDP with a LoRA, then FSDP with all weights: as one process that accumulates two packs."""
+    ways = {"ddp": ["--validation-share", "0.2"], "fsdp": ["--validation-share", "0.2", "--method", "full"]}
+    for name, more in ways.items():
+        command = flags(tiny_folder, data, tmp_path / f"{name}-alone", "--accumulate", "2", *more)
+        one = CliRunner().invoke(app, command)
+        assert one.exit_code == 0, one.output
+    commands = [word for name, more in ways.items() for word in flags(tiny_folder, data, tmp_path / name, *more)]
+    # what torchrun and accelerate's launcher do, with one import for all
+    with socket.socket() as one_free, socket.socket() as other_free:
+        ports = []
+        for free in (one_free, other_free):
+            free.bind(("localhost", 0))
+            ports.append(str(free.getsockname()[1]))
+    environment = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost", "WORLD_SIZE": "2"}
+    environment |= {"MASTER_PORT": ports[0], "OTHER_PORT": ports[1]}
     two = subprocess.run(
-        [sys.executable, "-c", TWO, *command], capture_output=True, text=True, env={**os.environ, **environment}
+        [sys.executable, "-c", TWO, *commands],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **environment},
     )
     assert two.returncode == 0, two.stderr
-    assert two.stderr.count("checkpoint: ") == 1  # the main process speaks for both
-    rows = [read_metrics(tmp_path / name / "metrics.csv") for name in ("one", "two")]
-    for ours, theirs in zip(*rows, strict=True):
-        for name in ("loss", "gradient_norm", "samples", "tokens"):
-            assert float(theirs[name]) == pytest.approx(float(ours[name]), rel=1e-5)
-    assert float(rows[1][-1]["validation_loss"]) == pytest.approx(float(rows[0][-1]["validation_loss"]), rel=1e-5)
-    weights = [load_file(tmp_path / name / "lora.safetensors") for name in ("one", "two")]
-    for name, tensor in weights[0].items():
-        torch.testing.assert_close(weights[1][name], tensor, rtol=1e-4, atol=1e-5)
+    assert two.stderr.count("checkpoint: ") == 2, two.stderr  # the main process speaks for both, once a run
+    for way in ways:
+        theirs, ours = (read_metrics(tmp_path / name / "metrics.csv") for name in (way, f"{way}-alone"))
+        assert len(theirs) == len(ours) == 3
+        for row, expected in zip(theirs, ours, strict=True):
+            for name in ("loss", "gradient_norm", "samples", "tokens"):
+                assert float(row[name]) == pytest.approx(float(expected[name]), rel=1e-5)
+        assert float(theirs[-1]["validation_loss"]) == pytest.approx(float(ours[-1]["validation_loss"]), rel=1e-5)
+        weights = [load_file(written(tmp_path / name)) for name in (way, f"{way}-alone")]
+        assert weights[0].keys() == weights[1].keys()
+        for name, tensor in weights[0].items():
+            torch.testing.assert_close(tensor, weights[1][name], rtol=1e-4, atol=1e-5)
+    # under FSDP each process held half of the numbers, and wrote them into its checkpoint
+    saved = FileSystemReader(
+        tmp_path / "fsdp" / "checkpoints" / "step-0000003" / "pytorch_model_fsdp_0"
+    ).read_metadata()
+    held: Counter[str] = Counter()
+    for name, tensor in saved.state_dict_metadata.items():
+        for chunk in tensor.chunks:
+            file = saved.storage_data[MetadataIndex(name, chunk.offsets)].relative_path
+            held[file] += chunk.sizes.numel()
+    numbers = sum(tensor.numel() for tensor in weights[0].values())
+    assert sum(held.values()) == numbers and list(held.values()) == pytest.approx([numbers / 2] * 2, rel=0.01)
+
+
+def written(out: Path) -> Path:
+    """The weights that a run has written."""
+    lora = out / "lora.safetensors"
+    return lora if lora.is_file() else out / "model" / "transformer" / "diffusion_pytorch_model.safetensors"
 
 
 def test_a_lora_is_converted_from_the_command_line(tiny_folder: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import av
 import clips
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 
 from reelbatch.models.checkpoint import Components, load
+from reelbatch.train import data
 from reelbatch.train.cache import EncodedClips
 from reelbatch.train.data import BrokenClip, Clip, ClipRules, DataError, find_clips, read_clip
 
@@ -34,6 +36,16 @@ def test_the_three_ways_to_list_clips_find_the_same(tmp_path: Path) -> None:
     rows[1]["text"] = ["three", "drei"]  # type: ignore[assignment]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert find_clips([tmp_path])[1].captions == ("three", "drei")
+
+
+def test_names_and_captions_may_be_in_any_script(tmp_path: Path) -> None:
+    file = clips.write_video(tmp_path / "Vidéo 猫.mp4", clips.counted(1))
+    file.with_suffix(".txt").write_text("eine Katze, 一只猫", encoding="utf-8")
+    assert find_clips([tmp_path]) == [Clip(file, ("eine Katze, 一只猫",))]
+    row = {"file_name": file.name, "text": "кошка"}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row, ensure_ascii=False), encoding="utf-8")
+    assert find_clips([tmp_path]) == [Clip(file, ("кошка",))]
+    assert read_clip(file, ClipRules()).shape == (1, 32, 32, 3)
 
 
 def test_every_fault_of_a_list_is_told_with_its_place(tmp_path: Path) -> None:
@@ -105,6 +117,8 @@ def test_pictures_are_only_made_smaller_and_cropped_about_the_middle_to_the_stri
     assert read_clip(image, small).shape == (1, 32, 64, 3)
     with pytest.raises(BrokenClip, match="is 8×8, less than the 16 pixels a side"):
         rules.size(8, 8)
+    with pytest.raises(BrokenClip, match="is 128×64, 11×5 by max_pixels=64, less than the 16 pixels a side"):
+        ClipRules(max_pixels=64).size(64, 128)
 
 
 def test_files_that_are_no_videos_are_broken_clips(tmp_path: Path) -> None:
@@ -113,6 +127,15 @@ def test_files_that_are_no_videos_are_broken_clips(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(BrokenClip, match=f"{name}: cannot be decoded"):
             read_clip(tmp_path / name, ClipRules())
+
+
+def test_what_a_decoder_does_not_know_is_a_broken_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*args: object) -> None:
+        raise av.error.PatchWelcomeError(1, "not yet implemented")  # no OSError, as most of PyAV's are
+
+    monkeypatch.setattr(data, "_video", unknown)
+    with pytest.raises(BrokenClip, match=r"a\.mp4: cannot be decoded: .*not yet implemented"):
+        read_clip(tmp_path / "a.mp4", ClipRules())
 
 
 # What is kept -----------------------------------------------------------------------------------------------------

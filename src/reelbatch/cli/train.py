@@ -21,7 +21,7 @@ ABOUT = """Teach the model from videos of any size and length: a LoRA, or all of
 
     - `reelbatch train style.yaml --resume auto` (goes on from the last checkpoint, bit for bit on the CPU)
 
-    - `accelerate launch --num-processes 4 -m reelbatch train style.yaml` (DDP or FSDP, as accelerate is configured)
+    - `accelerate launch --num_processes 4 -m reelbatch train style.yaml` (DDP; with `--use_fsdp --fsdp_version 2` FSDP)
 
     Clips keep their own size and length: a pack is filled to --batch-tokens, and nothing is padded or cropped to a
     common size. Videos and captions are encoded once and kept. --out holds lora.safetensors (for `generate --lora` and

@@ -33,14 +33,21 @@ class Order:
         return int(self._epoch(epoch)[place])
 
 
-def fill(first: int, tokens: Callable[[int], int], max_tokens: int | None, max_samples: int | None) -> range:
+def fill(
+    first: int,
+    tokens: Callable[[int], int],
+    max_tokens: int | None,
+    max_samples: int | None,
+    count: int | None = None,
+) -> range:
     """The samples of a pack that begins with sample `first`: as many as fit, one at least.
 
     Args:
         tokens: rows that a sample, by its number, puts through the transformer.
+        count: how many samples there are; endlessly many if None, and one of the two bounds must then be given.
     """
     taken, end = tokens(first), first + 1
-    while max_samples is None or end - first < max_samples:
+    while (max_samples is None or end - first < max_samples) and (count is None or end < count):
         taken += tokens(end)
         if max_tokens is not None and taken > max_tokens:
             break

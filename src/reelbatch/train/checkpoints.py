@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 STATE = "reelbatch.json"
 PATTERN = "step-{:07d}"
@@ -25,12 +26,14 @@ class Position:
         sample: number of the next sample to be drawn.
         seconds: time spent in steps.
         clips: a hash of the clips that the numbers are of, in their order.
+        made_with: settings that a run that goes on from here must share.
     """
 
     step: int = 0
     sample: int = 0
     seconds: float = 0.0
     clips: str = ""
+    made_with: dict[str, Any] = field(default_factory=dict)
 
 
 class Checkpoints:
@@ -53,38 +56,47 @@ class Checkpoints:
         write: Callable[[Path], None],
         *,
         main: bool = True,
-        wait: Callable[[], None] = lambda: None,
+        anywhere: Callable[[bool], bool] = bool,
     ) -> Path:
-        """Writes a checkpoint by `write`, which fills a folder, and removes old ones.
+        """Writes a checkpoint by `write`, which fills a folder, and removes old ones, and later ones: a run that went
+        on from an earlier step has left them behind.
+
+        Args:
+            anywhere: whether what it is given is true on any device; so all go on, or none.
 
         Raises:
             OSError: if it could not be written; what was there before is as it was.
         """
         path = self.folder / PATTERN.format(position.step)
         part = self.folder / f".{path.name}.part"
-        try:
-            if main:
-                shutil.rmtree(part, ignore_errors=True)
-                part.mkdir(parents=True)
-            wait()
-            write(part)
-            wait()
-            if main:
-                (part / STATE).write_text(json.dumps(asdict(position)) + "\n", encoding="utf-8")
-                if path.exists():
-                    shutil.rmtree(path)
-                part.rename(path)
-        except Exception as error:
-            if main:
-                shutil.rmtree(part, ignore_errors=True)
-            if isinstance(error, OSError):
-                raise
-            # safetensors and torch.save wrap what the file system said
-            raise OSError(f"{path}: cannot be written: {' '.join(str(error).split())}") from error
-        wait()
+
+        def begin() -> None:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+
+        def finish() -> None:
+            (part / STATE).write_text(json.dumps(asdict(position)) + "\n", encoding="utf-8")
+            if path.exists():
+                shutil.rmtree(path)
+            part.rename(path)
+
+        for work, on_all in ((begin, False), (lambda: write(part), True), (finish, False)):
+            failed: Exception | None = None
+            try:
+                if main or on_all:
+                    work()
+            except Exception as error:  # safetensors and torch.save wrap what the file system said
+                failed = error
+            if anywhere(failed is not None):
+                if main:
+                    shutil.rmtree(part, ignore_errors=True)
+                reason = " ".join(str(failed).split()) if failed else "another device could not write its part"
+                raise OSError(f"{path}: cannot be written: {reason}") from failed
         if main:
-            for old in self.all()[: -self.keep]:
-                shutil.rmtree(old, ignore_errors=True)
+            there = self.all()
+            now = there.index(path) + 1
+            for other in [*there[:now][: -self.keep], *there[now:]]:
+                shutil.rmtree(other, ignore_errors=True)
         return path
 
     def find(self, asked: str) -> Path | None:

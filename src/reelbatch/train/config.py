@@ -39,7 +39,7 @@ class TrainConfig(BaseModel):
     wrong (`make_config`).
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     model: str = _in(WHAT, "demo, a folder in the Diffusers layout, or a hub id.", "demo")
     method: Literal["lora", "full"] = _in(WHAT, "lora: small matrices beside the weights. full: the weights.", "lora")
@@ -47,7 +47,9 @@ class TrainConfig(BaseModel):
         WHAT, "Where full training starts: the model's weights, or untrained ones of its architecture.", "model"
     )
     rank: int = _in(WHAT, "Rank of the LoRA.", 16, ge=1)
-    alpha: float | None = _in(WHAT, "LoRA's alpha: it acts with alpha / rank. As large as the rank if not given.", None)
+    alpha: float | None = _in(
+        WHAT, "LoRA's alpha: it acts with alpha / rank. As large as the rank if not given.", None, gt=0
+    )
     targets: tuple[str, ...] = _in(
         WHAT,
         "Layers that get a LoRA: attention, mlp, modulation, refiner, embedders, or ends of layer names as "

@@ -35,6 +35,9 @@ SHOWN_FAULTS = 20
 ON_TIME = 1e-3
 """Share of a frame by which a time stamp may be late: they are rounded in files."""
 
+UNREADABLE = (av.FFmpegError, Image.DecompressionBombError, OSError, ValueError, SyntaxError, MemoryError, IndexError)
+"""What PyAV and Pillow raise for files that they cannot decode."""
+
 Frames = NDArray[np.uint8]
 
 
@@ -90,7 +93,8 @@ class ClipRules:
         scale, stride = self.scale(height, width), self.spatial_stride
         fitted = [int(side * scale + 1e-6) // stride * stride for side in (height, width)]
         if 0 in fitted:
-            raise BrokenClip(f"is {width}×{height}, less than the {stride} pixels a side that the model needs")
+            made = "" if scale == 1 else f", {int(width * scale)}×{int(height * scale)} by max_pixels={self.max_pixels}"
+            raise BrokenClip(f"is {width}×{height}{made}, less than the {stride} pixels a side that the model needs")
         return fitted[0], fitted[1]
 
     def as_text(self) -> str:
@@ -216,7 +220,7 @@ def read_clip(path: Path, rules: ClipRules) -> Frames:
     """The frames of a file by these rules, uint8 `[frames, height, width, 3]`, RGB. Raises BrokenClip."""
     try:
         frames = _image(path) if path.suffix.lower() in IMAGES else _video(path, rules)
-    except (OSError, ValueError, SyntaxError, MemoryError, IndexError) as error:  # PyAV's errors are OSErrors
+    except UNREADABLE as error:
         if isinstance(error, BrokenClip):
             raise BrokenClip(f"{path}: {error}") from None
         raise BrokenClip(f"{path}: cannot be decoded: {' '.join(str(error).split()) or type(error).__name__}") from None

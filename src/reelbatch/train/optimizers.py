@@ -49,3 +49,18 @@ def make_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer) -> Any:
 
     own = {"min_lr_rate": config.min_lr_share} if config.schedule == "cosine_with_min_lr" else None
     return get_scheduler(config.schedule, optimizer, config.warmup_steps, config.steps, own)
+
+
+def set_anew(config: TrainConfig, optimizer: torch.optim.Optimizer, schedule: Any) -> None:
+    """Gives an optimizer whose state was loaded the config's own settings: a state brings those that it had with it.
+
+    Args:
+        optimizer, schedule: as accelerate wraps them.
+    """
+    for group in optimizer.param_groups:
+        group["initial_lr"] = config.learning_rate
+        group |= {name: getattr(config, name) for name in ("weight_decay", "betas") if name in group}
+    inner = schedule.scheduler
+    inner.base_lrs = [config.learning_rate] * len(optimizer.param_groups)
+    inner.last_epoch -= 1
+    inner.step()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,49 @@ COLUMNS = (
 )
 SMOOTHED_OVER = 20
 """Rows of metrics.csv that a point of the smoothed loss averages."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One step of all devices together.
+
+    Attributes:
+        loss: mean over its samples (or tokens). gradient_norm: before clipping.
+        samples, tokens: how many it had. seconds: how long it took. stop: whether the run was told to stop.
+    """
+
+    loss: float
+    gradient_norm: float
+    samples: int
+    tokens: int
+    seconds: float
+    stop: bool
+
+
+@dataclass
+class Tally:
+    """What came of the steps since the last row."""
+
+    outcomes: list[Outcome] = field(default_factory=list)
+
+    def add(self, outcome: Outcome) -> None:
+        self.outcomes.append(outcome)
+
+    def row(self, step: int, learning_rate: float) -> dict[str, Any]:
+        """A row of `metrics.csv`: sums of samples, tokens and seconds, means of the others."""
+        found = self.outcomes
+        seconds = sum(one.seconds for one in found)
+        samples = sum(one.samples for one in found)
+        return {
+            "step": step,
+            "samples": samples,
+            "tokens": sum(one.tokens for one in found),
+            "loss": sum(one.loss for one in found) / len(found),
+            "learning_rate": learning_rate,
+            "gradient_norm": sum(one.gradient_norm for one in found) / len(found),
+            "seconds": seconds,
+            "samples_per_second": samples / seconds,
+        }
 
 
 class Metrics:

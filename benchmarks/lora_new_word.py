@@ -13,7 +13,7 @@ is enough to condition on: the encoders stay as they are, and only the transform
 What would not do: a new colour (the VAE was trained on eight, and decodes a pink shape as a yellow one), and a shape
 that the model draws by mistake anyway (asked for a "diamond", it draws what is sometimes read as one).
 
-Taught with these clips alone, the model would draw bars whatever it is asked. So it is also shown 96 videos that it
+Taught with these clips alone, the model would draw bars whatever it is asked. So it is also shown 48 videos that it
 made itself of words it knows (prior preservation: DreamBooth, arXiv 2208.12242, section 3.2); making them is part of
 the time.
 
@@ -47,9 +47,9 @@ WORD = "bar"
 CLIPS = 64
 HELD_OUT_SHARE = 0.25
 """Of the word's combinations with colour, size, motion and background: no clip shows them, half of the prompts ask."""
-OWN_CLIPS = 96
+OWN_CLIPS = 48
 """Videos of old words that the model makes itself."""
-STEPS = 900
+STEPS = 1000
 SETTINGS: dict[str, Any] = {
     "rank": 16,
     "targets": ["attention", "mlp", "refiner", "embedders"],

@@ -515,7 +515,8 @@ def test_ctrl_c_once_saves_what_runs_and_twice_stops_at_once(tiny_folder: Path, 
         process.send_signal(signal.SIGINT)
         time.sleep(0.1)
     _, told = process.communicate(timeout=60)
-    assert process.returncode == 130, told
+    stopped = (130, -signal.SIGINT) if signals == 2 else (130,)  # the second may come when all is saved already
+    assert process.returncode in stopped, told
     rows = Manifest.in_folder(Path("o")).rows()
     if signals == 1:
         assert "goes on where it stopped" in told

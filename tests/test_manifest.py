@@ -129,7 +129,8 @@ def test_a_cancelled_or_lost_row_takes_no_file(manifest: Manifest) -> None:
     assert not manifest.fail(owner, "v2", "late")
     assert manifest.row("v2").state == State.CANCELLED
     assert manifest.fail(owner, "v1", "no")
-    assert manifest.retry([State.FAILED], []) == ["v1"]
+    assert manifest.retry([State.FAILED]) == ["v1"]
+    assert manifest.retry([State.CANCELLED], []) == []
     assert manifest.row("v1").error is None
     assert manifest.cancel(["v1"]) == ["v1"]
     assert manifest.cancel(["v1"]) == []

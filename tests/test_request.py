@@ -151,7 +151,7 @@ def test_accepted_exactly_when_on_the_grid_and_the_nearest_are_accepted(
                 VideoRequest(prompt="a cat", **good).for_model(limits)
 
 
-@given(prompt=st.text())
+@given(prompt=st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])))
 def test_any_text_that_says_something_is_kept_as_it_is(prompt: str) -> None:
     if prompt.strip():
         assert VideoRequest(prompt=prompt).prompt == prompt
@@ -190,3 +190,8 @@ def test_whatever_is_asked_there_is_a_request_or_a_request_error(fields: dict[st
 )
 def test_cfg_needs_a_scale_and_a_negative_prompt(fields: dict[str, object], uses: bool) -> None:
     assert VideoRequest(prompt="a cat", **fields).uses_cfg is uses
+
+
+def test_a_character_that_no_database_and_no_file_name_holds_is_refused() -> None:
+    with pytest.raises(RequestError, match="must not hold the character NUL, and character 2 is one"):
+        VideoRequest(prompt="a\0b")

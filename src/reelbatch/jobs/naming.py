@@ -16,7 +16,7 @@ Naming = Literal["default", "vbench"]
 
 MAX_STEM_BYTES = 250
 """File systems take 255 bytes, of which `.mp4` needs 4 and the sidecar's `.json` 5."""
-IMPOSSIBLE = re.compile(r"[/\0]")
+IMPOSSIBLE = re.compile("/")
 """What no file name can hold, on any system."""
 NOT_ON_WINDOWS = re.compile(r'[<>:"\\|?*\x01-\x1f]')
 WINDOWS_DEVICE = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[1-9¹²³]) *\.", re.IGNORECASE)

@@ -463,6 +463,18 @@ def test_a_suite_runs_and_its_state_can_be_read(tiny_folder: Path, here: Path) -
     assert sorted(json.loads(line)["state"] for line in again.stdout.splitlines()) == ["done", *["kept"] * 7]
 
 
+def test_a_suite_may_be_named_after_another(tiny_folder: Path, here: Path) -> None:
+    count = 4
+    names = [f"called {i}" for i in range(count)]
+    Path("names.txt").write_text("\n".join(names))
+    options = ("--naming", "vbench", "--named-after", "names.txt")
+    assert job_run(tiny_folder, *options).exit_code == 0
+    assert {path.name for path in Path("o/videos").glob("*")} == {f"{name}-0.mp4" for name in names}
+    assert f"{count} of {count} videos are there already" in job_run(tiny_folder, *options).stderr
+    Path("names.txt").write_text("\n".join(["another", *names[1:]]))
+    assert "1 new and 1 no longer asked for" in str(job_run(tiny_folder, *options).exception)
+
+
 def test_a_part_of_a_suite_can_be_chosen(tiny_folder: Path, here: Path) -> None:
     found = json.loads(job_run(tiny_folder, "--only", "tag=animal", "--limit", 2, "--dry-run", "--json").stdout)
     assert (found["videos"], found["prompts"], found["batches"], found["seconds"]) == (2, 2, 1, None)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from reelbatch.jobs import naming as module
 from reelbatch.jobs.naming import Naming, file_stem, name_all, vbench_problems
-from reelbatch.jobs.prompts import make_requests, read_entries
+from reelbatch.jobs.prompts import make_requests, named_after, read_entries
 from reelbatch.request import SEED_LIMIT, VideoRequest
 from reelbatch.video import sidecar
 
@@ -167,6 +167,14 @@ def test_many_copies_do_not_take_the_square_of_the_time(monkeypatch: pytest.Monk
     assert calls < 10_000
 
 
+def test_a_name_stands_in_for_the_prompt() -> None:
+    requests = [VideoRequest(prompt="a cat. Realistic", name="A/cat", seed=3), VideoRequest(prompt="a dog", seed=4)]
+    assert name_all(requests, "vbench") == ["A_cat-0.mp4", "a dog-0.mp4"]
+    assert name_all(requests, "default") == ["a-cat-seed3.mp4", "a-dog-seed4.mp4"]
+    (problem,) = vbench_problems(requests)
+    assert problem.startswith("'A/cat': no file name can hold '/'")
+
+
 def test_another_naming_is_refused() -> None:
     with pytest.raises(ValueError, match="naming='flat' must be 'default' or 'vbench'"):
         name_all(asked("a cat"), "flat")  # type: ignore[arg-type]
@@ -191,11 +199,15 @@ def test_what_a_file_name_cannot_hold_is_told_once(prompt: str, told: str) -> No
     assert problem.isprintable()
 
 
-def test_the_real_suite_gets_the_names_that_its_scorer_reads(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rewritten", [False, True])
+def test_the_real_suite_gets_the_names_that_its_scorer_reads(tmp_path: Path, rewritten: bool) -> None:
     if not VBENCH.exists():
         pytest.skip("needs VBench's all_dimension.txt")
     listed = [line for line in (VBENCH / "all_dimension.txt").read_text().splitlines() if line.strip()]
-    requests = make_requests(read_entries(VBENCH / "all_dimension.txt"), {"copies": 5}, first_seed=0)
+    entries = read_entries(VBENCH / "all_dimension.txt")
+    if rewritten:
+        entries = named_after(read_entries(VBENCH / "hunyuan_all_dimension.txt"), VBENCH / "all_dimension.txt")
+    requests = make_requests(entries, {"copies": 5}, first_seed=0)
     names = name_all(requests, "vbench", ignore_case=False)
     assert len(set(names)) == len(names) == 946 * 5
     for prompt in listed:  # what the scorer does

@@ -25,6 +25,7 @@ from reelbatch.jobs.prompts import (
     Fault,
     PromptError,
     make_requests,
+    named_after,
     only_those,
     read_entries,
     read_prompts,
@@ -247,6 +248,7 @@ EVERYTHING = {
     "fps": 12,
     "id": "tom",
     "tags": ["night", "fur"],
+    "name": "the first",
 }
 
 
@@ -465,6 +467,35 @@ def test_the_real_suites_are_read_whole() -> None:
         found = make_requests(read_entries(VBENCH / name), first_seed=0)
         assert (len(found), len({request.prompt for request in found})) == (946, 944)
         assert len({(request.prompt, request.seed) for request in found}) == 946
+
+
+def test_rewritten_prompts_are_named_after_those_they_were_written_from(write: Write) -> None:
+    entries = read_entries(
+        write("new.jsonl", '"a cat. Realistic"\n{"prompt": "a dog. Casual", "copies": 2}\n"a cat. Realistic"')
+    )
+    named = make_requests(named_after(entries, write("old.txt", "a cat\n# none\na dog\nA cat")), first_seed=0)
+    assert [(request.prompt, request.name, request.seed) for request in named] == [
+        ("a cat. Realistic", "a cat", 0),
+        ("a dog. Casual", "a dog", 0),
+        ("a dog. Casual", "a dog", 1),
+        ("a cat. Realistic", "A cat", 1),  # asked for twice: another video, whatever it is called
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("old.txt", "a cat", "old.txt: holds 1 prompts to name videos after, and there are 2 entries to be named"),
+        ("old.jsonl", '"a cat"\n{"seed": 1}', "old.jsonl, line 2: has no prompt to name a video after"),
+        ("old.jsonl", '"a cat"\n{', "old.jsonl, line 2, column 2: not JSON"),
+        ("old.txt", "a cat\na dog", "new.jsonl, line 2, column 29: has a name already"),
+    ],
+)
+def test_names_that_do_not_fit_the_prompts_are_refused(write: Write, name: str, content: str, told: str) -> None:
+    last = {"prompt": "a dog", "name": "rex"} if "already" in told else "a dog"
+    entries = read_entries(write("new.jsonl", f'"a cat"\n{json.dumps(last)}'))
+    with pytest.raises(PromptError, match=re.escape(told)):
+        named_after(entries, write(name, content))
 
 
 def test_vbench_dimensions_become_tags(write: Write) -> None:

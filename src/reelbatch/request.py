@@ -163,6 +163,7 @@ class VideoRequest(BaseModel):
     attention_rule: name of a rule of which tokens each head attends to (`reelbatch.attention.register_rule`);
         None is all.
     id: names the request within a run; drawn at random when not given. tags: yours, kept in the sidecar.
+    name: what the video's file is called after, in the prompt's place.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -182,6 +183,7 @@ class VideoRequest(BaseModel):
     fps: Annotated[int, _whole(1, MAX_FPS)] | None = None
     id: Annotated[str, BeforeValidator(_identifier)] = Field(default_factory=lambda: secrets.token_hex(6))
     tags: Annotated[tuple[str, ...], BeforeValidator(_tags)] = ()
+    name: Prompt | None = None
 
     if not TYPE_CHECKING:  # type checkers read the signature from the fields
 
@@ -227,6 +229,8 @@ class VideoRequest(BaseModel):
 
 
 FIELDS: tuple[str, ...] = tuple(VideoRequest.model_fields)
+NAMES_ONLY = frozenset({"id", "tags", "name"})
+"""Fields that change no frame."""
 
 
 def did_you_mean(name: str, known: Iterable[str] = FIELDS) -> str:

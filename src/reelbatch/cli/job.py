@@ -93,6 +93,15 @@ def run(
         Literal["default", "vbench"],
         typer.Option(help="vbench: {prompt}-{index}.mp4, as its scorer wants.", rich_help_panel=OUTPUT),
     ] = "default",
+    names_from: Annotated[
+        Path | None,
+        typer.Option(
+            "--named-after",
+            help="A prompt file with a line for each of PROMPTS: files are named after its prompts, as VBench's scorer "
+            "wants it of rewritten prompts.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
     add: Annotated[
         bool, typer.Option("--add", help="Keep what the folder holds of these, and make the rest beside it.")
     ] = False,
@@ -110,6 +119,8 @@ def run(
 
     - `reelbatch job run VBench_full_info.json --out vbench --copies 5 --naming vbench --model /models/HunyuanVideo`
 
+    - `reelbatch job run rewritten.txt --named-after all_dimension.txt --out vbench --copies 5 --naming vbench`
+
     - `reelbatch job run suite.csv --only tag=animal --limit 20 --dry-run`
 
     Every video is a row of the manifest, and is done only once its file is complete: a kill at any moment loses no
@@ -119,14 +130,17 @@ def run(
     """
     from reelbatch.jobs.manifest import Manifest
     from reelbatch.jobs.naming import vbench_problems
-    from reelbatch.jobs.prompts import make_requests, only_those, read_entries, shuffled
+    from reelbatch.jobs.prompts import make_requests, named_after, only_those, read_entries, shuffled
     from reelbatch.models.checkpoint import inspect, resolve
 
     if add and as_new:
         raise ValueError("--add and --as-new were given; --add keeps what is there, --as-new does not: give one")
     info = inspect(resolve(model))
     fields = request_fields(context.params)
-    requests = make_requests(read_entries(prompts), fields, first_seed=seed, limits=info.limits)
+    entries = read_entries(prompts)
+    if names_from is not None:
+        entries = named_after(entries, names_from)
+    requests = make_requests(entries, fields, first_seed=seed, limits=info.limits)
     requests = only_those(requests, only or [])
     requests = (shuffled(requests, seed) if shuffle else requests)[:limit]
     if not requests:

@@ -15,12 +15,10 @@ from reelbatch.jobs.manifest import OPEN, JobRow, Manifest, State, VideoRow
 from reelbatch.jobs.naming import Naming, name_all
 from reelbatch.jobs.progress import work
 from reelbatch.jobs.verify import make_again
-from reelbatch.request import MAX_ID_LENGTH, VideoRequest
+from reelbatch.request import MAX_ID_LENGTH, NAMES_ONLY, VideoRequest
 
 Mode = Literal["resume", "add", "new"]
 SHOWN = 10
-NAMES_ONLY = {"id", "tags"}
-"""Fields of a request that change no frame."""
 
 
 class JobChanged(ValueError):
@@ -64,7 +62,7 @@ class Settings:
     def fingerprint(self, request: VideoRequest) -> str:
         """The same for two requests if and only if their frames are the same."""
         decides = {name: value for name, value in self.record.items() if name != "naming"}
-        asked = request.model_dump(mode="json", exclude=NAMES_ONLY)
+        asked = request.model_dump(mode="json", exclude=set(NAMES_ONLY))
         return hashlib.sha256(json.dumps([asked, decides], sort_keys=True).encode()).hexdigest()
 
 
@@ -175,12 +173,13 @@ def _of_new_id(request: VideoRequest, taken: set[str]) -> VideoRequest:
 
 
 def _match(rows: Sequence[VideoRow], requests: Sequence[VideoRequest], settings: Settings) -> dict[int, VideoRow]:
-    """A row of its own for each request that has one, by the request's place. What is done comes first."""
-    by_fingerprint: dict[str, deque[VideoRow]] = defaultdict(deque)
+    """A row of its own, with its frames and its name, for each request that has one, by the request's place. What is
+    done comes first."""
+    alike: dict[tuple[str, str | None], deque[VideoRow]] = defaultdict(deque)
     for row in sorted(rows, key=lambda row: (row.state != State.DONE, row.state not in OPEN)):
-        by_fingerprint[row.fingerprint].append(row)
-    fingerprints = map(settings.fingerprint, requests)
-    return {i: by_fingerprint[found].popleft() for i, found in enumerate(fingerprints) if by_fingerprint[found]}
+        alike[row.fingerprint, row.request.get("name")].append(row)
+    wanted = [(settings.fingerprint(request), request.name) for request in requests]
+    return {i: alike[key].popleft() for i, key in enumerate(wanted) if alike[key]}
 
 
 def _the_same(

@@ -30,9 +30,9 @@ def name_all(
     The same arguments give the same names.
 
     Args:
-        naming: "default": the prompt's letters in ASCII and the seed, as `a-cat-seed0.mp4`, `a-cat-seed0-2.mp4`.
-            "vbench": `{prompt}-{index}.mp4`, the index counting a prompt's videos from 0. The prompt stands as it is,
-            but for what no file name can hold (see `vbench_problems`).
+        naming: of the request's name, or of its prompt if it has none. "default": its letters in ASCII and the seed,
+            as `a-cat-seed0.mp4`, `a-cat-seed0-2.mp4`. "vbench": `{prompt}-{index}.mp4`, the index counting its videos
+            from 0. It stands as it is, but for what no file name can hold (see `vbench_problems`).
         ignore_case: whether names that differ only in case, or in how a letter is composed, count as the same, as
             they do on macOS and Windows. By default: always, but for "vbench" only on those systems, since its suite
             has two prompts that differ only in case, and its scorer looks for both.
@@ -65,8 +65,8 @@ def name_all(
 
 
 def file_stem(request: VideoRequest) -> str:
-    """A file name without its ending that every file system takes: the prompt's letters, in ASCII, and the seed."""
-    ascii_prompt = unicodedata.normalize("NFKD", request.prompt).encode("ascii", "ignore").decode().lower()
+    """A file name without its ending that every file system takes: the name's letters, in ASCII, and the seed."""
+    ascii_prompt = unicodedata.normalize("NFKD", _words(request)).encode("ascii", "ignore").decode().lower()
     words = re.sub(r"[^a-z0-9]+", "-", ascii_prompt).strip("-")
     if len(words) > 64:
         words = words[:65].rpartition("-")[0] or words[:64]
@@ -78,7 +78,7 @@ def vbench_problems(requests: Sequence[VideoRequest]) -> list[str]:
     that the scorer does not find their videos, and prompts that file names of Windows or macOS cannot hold."""
     problems = []
     spelled: dict[str, str] = {}
-    for prompt in dict.fromkeys(request.prompt for request in requests):
+    for prompt in dict.fromkeys(map(_words, requests)):
         shown = repr(prompt if len(prompt) <= 60 else f"{prompt[:57]}...")
         if IMPOSSIBLE.search(prompt):
             problems.append(f"{shown}: no file name can hold {_listed(IMPOSSIBLE, prompt)}; it becomes _, {NOT_FOUND}")
@@ -101,12 +101,16 @@ def vbench_problems(requests: Sequence[VideoRequest]) -> list[str]:
 NOT_FOUND = "and VBench's scorer will not find it"
 
 
+def _words(request: VideoRequest) -> str:
+    return request.name or request.prompt
+
+
 def _numbered(stem: str, number: int) -> str:
     return f"{stem}-{number + 1}" if number else stem
 
 
 def _vbench_stem(request: VideoRequest) -> str:
-    return _cut(IMPOSSIBLE.sub("_", request.prompt), 0)
+    return _cut(IMPOSSIBLE.sub("_", _words(request)), 0)
 
 
 def _indexed(stem: str, index: int) -> str:
@@ -119,7 +123,7 @@ def _cut(text: str, index: int) -> str:
 
 
 def _altered(request: VideoRequest) -> bool:
-    return _vbench_stem(request) != request.prompt
+    return _vbench_stem(request) != _words(request)
 
 
 def _caseless(name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,28 @@ from reelbatch.jobs.readers import (
     PromptError,
     read_entries,
 )
-from reelbatch.request import FIELDS, SEED_LIMIT, ModelLimits, Problem, RequestError, VideoRequest, did_you_mean
+from reelbatch.request import (
+    FIELDS,
+    NAMES_ONLY,
+    SEED_LIMIT,
+    ModelLimits,
+    Problem,
+    RequestError,
+    VideoRequest,
+    did_you_mean,
+)
 
-__all__ = ["Entry", "Fault", "PromptError", "make_requests", "only_those", "read_entries", "read_prompts", "shuffled"]
+__all__ = [
+    "Entry",
+    "Fault",
+    "PromptError",
+    "make_requests",
+    "named_after",
+    "only_those",
+    "read_entries",
+    "read_prompts",
+    "shuffled",
+]
 
 MAX_COPIES = 100_000
 """Of one line: more is a slip, and would fill the memory."""
@@ -54,7 +74,7 @@ def make_requests(
     """
     requests: list[VideoRequest] = []
     faults: list[Fault] = []
-    seeds_taken: Counter[VideoRequest] = Counter()
+    seeds_taken: Counter[str] = Counter()
     homes: dict[str, str] = {}
     for entry in entries:
         fields = dict(defaults or {}) | dict(entry.fields)
@@ -67,7 +87,7 @@ def make_requests(
             faults += entry.faults or (Fault(entry.where_is(problem.field), problem.message) for problem in problems)
             continue
         if counted:
-            twin = request.model_copy(update={"id": "", "tags": ()})
+            twin = request.model_dump_json(exclude=set(NAMES_ONLY))
             request = request.model_copy(update={"seed": (request.seed + seeds_taken[twin]) % SEED_LIMIT})
             seeds_taken[twin] += copies
         made = [request] if copies == 1 else request.copies(copies)  # a single one keeps the request's id
@@ -79,6 +99,31 @@ def make_requests(
     if faults:
         raise PromptError(faults)
     return requests
+
+
+def named_after(entries: Sequence[Entry], path: str | Path) -> list[Entry]:
+    """The entries of a suite of rewritten prompts, each with the prompt of the same place in `path` as its `name`.
+
+    Raises:
+        PromptError: if the file has a fault or holds not as many prompts, or if an entry has a name already.
+    """
+    names = read_entries(path)
+    if len(names) != len(entries):
+        told = f"holds {len(names)} prompts to name videos after, and there are {len(entries)} entries to be named"
+        raise PromptError([Fault(str(path), told)])
+    faults = [fault for named in names for fault in named.faults]
+    faults += [
+        Fault(named.where, "has no prompt to name a video after")
+        for named in names
+        if not named.faults and "prompt" not in named.fields
+    ]
+    faults += [Fault(entry.where_is("name"), "has a name already") for entry in entries if "name" in entry.fields]
+    if faults:
+        raise PromptError(faults)
+    return [
+        replace(entry, fields={**entry.fields, "name": named.fields["prompt"]})
+        for entry, named in zip(entries, names, strict=True)
+    ]
 
 
 def only_those(requests: Sequence[VideoRequest], selectors: Sequence[str]) -> list[VideoRequest]:

@@ -65,6 +65,26 @@ def test_no_step_is_estimated_above_the_limit_and_every_video_is_made(tiny_folde
 
 
 @pytest.mark.usefixtures("holds")
+def test_estimates_of_a_step_are_corrected_by_what_was_measured(tiny_folder: Path) -> None:
+    components = load(tiny_folder, "cpu", torch.float32)
+    asked = requests(4, steps=2)
+    at_most = tuple(Engine(components)._shapes_at_most(asked[0].for_model(components.limits)))
+    limit = estimate(Engine(components), [at_most] * 3)
+
+    def together(correct) -> int:
+        engine = Engine(components, max_memory=limit)
+        engine.correct_step = correct
+        for request in asked:
+            engine.submit(request)
+        engine.step()
+        return engine.running
+
+    alone = estimate(Engine(components), [at_most]) - HELD
+    assert together(int) >= 3
+    assert together(lambda estimated: estimated if estimated <= alone else limit) == 1
+
+
+@pytest.mark.usefixtures("holds")
 def test_what_does_not_fit_alone_fails_alone_and_says_what_it_needs(tiny_folder: Path) -> None:
     components = load(tiny_folder, "cpu", torch.float32)
     free = Engine(components)

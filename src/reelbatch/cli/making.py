@@ -92,7 +92,7 @@ class Plan:
         from reelbatch.engine.memory import parse_bytes
 
         o = self.options
-        return open_engine(
+        engine = open_engine(
             o["model"],
             device=o["device"],
             dtype=o["dtype"],
@@ -104,6 +104,20 @@ class Plan:
             offload=self._advice.offload,
             lora=self.loras,
         )
+        if engine.max_memory is not None:
+            self._correct_estimates(engine)
+        return engine
+
+    def _correct_estimates(self, engine: Engine) -> None:
+        """By what `plan --calibrate` measured here, if it did; with a line that says so."""
+        from reelbatch.models.precision import Precision
+        from reelbatch.tune.calibrate import find
+
+        device = engine.components.device
+        found = find(self.info.folder, self.info.name, device, Precision.parse(self.options["dtype"], device))
+        if found.calibration is not None:
+            engine.correct_step = found.calibration.step.of
+            say(f"--max-memory: estimates of a step are {found.calibration.line}")
 
     @property
     def loras(self) -> list[tuple[Path, float]]:

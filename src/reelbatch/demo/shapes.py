@@ -284,7 +284,16 @@ def read(clip: Clip, known: tuple[str, ...] = SHAPES) -> Attributes:
 
 # A folder of clips ------------------------------------------------------------------------------------------------
 
-CLIP_SIZES = ((64, 64, 9),) * 5 + ((64, 96, 9),) * 2 + ((64, 64, 13),) * 2 + ((64, 64, 5),)
+CLIP_SIZES = (
+    *((64, 64, 9),) * 5,
+    *((64, 96, 9),) * 2,
+    *((64, 64, 13),) * 2,
+    *((96, 96, 9),) * 3,
+    (64, 64, 5),
+    (64, 64, 17),
+    (96, 128, 9),
+    (128, 128, 9),
+)
 """Height, width and frames of the clips that are written, in these proportions."""
 FPS = 8
 

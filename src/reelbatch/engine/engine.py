@@ -92,6 +92,8 @@ class Engine:
     Attributes:
         decode_beside: finished samples that may be decoded beside the next steps, in a thread; 0 decodes them between
             the steps, as does a memory limit, whose estimates know one phase at a time.
+        correct_step: from the estimated bytes of a step's activations to better ones, for `max_memory`; those of
+            `reelbatch plan --calibrate`, where the command line finds them.
         on_progress: called with a `Progress` whenever a request gets further.
         should_cancel: asked with a request's id before each step; True ends that request alone.
     """
@@ -113,6 +115,7 @@ class Engine:
         components.transformer.set_attention_backend(attention)
         self.max_memory = max_memory
         self.decode_beside = 0
+        self.correct_step: Callable[[int], int] = int
         if components.residence is not None:
             components.residence.leave()
         self._held = held_bytes(components.device)
@@ -353,11 +356,8 @@ class Engine:
         """Estimated bytes held at the peak of a step of those that run and one more."""
         c = self.components
         samples = [*(sample.shapes for sample in self._running), tuple(joining)]
-        return (
-            self._held
-            + c.visiting_bytes("transformer")
-            + step_peak_bytes(c.transformer.config, samples, c.transformer.dtype, self.isolation, device=c.device)
-        )
+        peak = step_peak_bytes(c.transformer.config, samples, c.transformer.dtype, self.isolation, device=c.device)
+        return self._held + c.visiting_bytes("transformer") + self.correct_step(peak)
 
     def _start_or_free(self, request: VideoRequest) -> Sample:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,6 +105,9 @@ def test_a_run_learns_and_leaves_its_folder(base: dict[str, Any], tmp_path: Path
     for name in ("config.yaml", "loss.png", "lora.safetensors", "samples/step-0000020.png"):
         assert (tmp_path / name).stat().st_size > 0
     assert any("6 clips to train on, 2 held out, 0 skipped" in line for line in told)
+    steps = [line for line in told if line.startswith("step ")]
+    assert all(re.match(r"step \d+ of \d+: .*loss \d", line) for line in steps)
+    assert "left" in steps[0] and "left" not in steps[-1]
 
 
 def test_what_is_trained_draws_from_its_own_numbers_whoever_shares_the_pack(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from reelbatch.jobs.progress import duration
 from reelbatch.models.checkpoint import Components
 from reelbatch.train.batches import generator_of
 from reelbatch.train.cache import Encoded, EncodedClips
 from reelbatch.train.config import TrainConfig
 from reelbatch.train.data import BrokenClip, Clip, ClipRules, DataError, find_clips
+
+TELL_EVERY_SECONDS = 10.0
+"""How often encoding says how far it is."""
 
 
 @dataclass(frozen=True)
@@ -97,15 +102,19 @@ def _encode(
     """This device's share: number, shape of the latents and rows of the longest caption; or number and fault."""
     rank, devices = accelerator.process_index, accelerator.num_processes
     mine: list[tuple[int, tuple[int, ...], int] | tuple[int, str]] = []
-    for count, i in enumerate(range(rank, len(clips), devices), 1):
+    share = range(rank, len(clips), devices)
+    started = told = time.monotonic()
+    for count, i in enumerate(share, 1):
         try:
             shape = tuple(encoded.latents(clips[i]).shape)
         except BrokenClip as error:
             mine.append((i, str(error)))
             continue
         mine.append((i, shape, max(len(encoded.caption(caption).text) for caption in clips[i].captions)))
-        if count % 100 == 0:
-            tell(f"{count * devices} of {len(clips)} clips are encoded")
+        now = time.monotonic()
+        if now - told > TELL_EVERY_SECONDS:
+            told, left = now, duration((now - started) * (len(share) - count) / count)
+            tell(f"{count * devices} of {len(clips)} clips are encoded (about {left} left)")
     encoded.caption("")  # for those whose caption is dropped
     return mine
 

@@ -29,7 +29,7 @@ from reelbatch.train.devices import forget_precision, is_sharded, make_accelerat
 from reelbatch.train.flow_matching import Example, flow_matching_loss
 from reelbatch.train.method import prepare_network, trainable
 from reelbatch.train.optimizers import make_optimizer, make_schedule, set_anew
-from reelbatch.train.report import Metrics, Outcome, Tally
+from reelbatch.train.report import Metrics, Outcome, Tally, line
 from reelbatch.train.samples import VALIDATION_LEVELS, Drawn, Samples
 from reelbatch.train.written import write_trained
 
@@ -214,15 +214,16 @@ class Run:
                 tally.add(outcome)
                 step, last = self.position.step, stopped or self.position.step == config.steps
                 row: dict[str, Any] = {}
+                left: float | None = None
                 if step % config.log_every == 0 or last:
                     row = tally.row(step, self.schedule.get_last_lr()[0])
-                    loss = row["loss"]
+                    loss, left = row["loss"], tally.seconds_left(config.steps - step)
                     tally = Tally()
                 if self.dataset.held_out and (_due(step, config.validate_every) or last):
                     held_out = self.validation_loss()
                     row |= {"step": step, "validation_loss": held_out}
                 if row:
-                    self.tell(" ".join(f"{name} {value:.4g}" for name, value in row.items() if value != ""))
+                    self.tell(line(row, config.steps, left))
                     if metrics is not None:
                         metrics.add(row)
                 if _due(step, config.sample_every) or (last and config.sample_prompts):

@@ -9,6 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from reelbatch.jobs.progress import duration
+
 COLUMNS = (
     "step",
     "samples",
@@ -65,6 +67,27 @@ class Tally:
             "seconds": seconds,
             "samples_per_second": samples / seconds,
         }
+
+    def seconds_left(self, steps: int) -> float:
+        """Of so many steps more, at the pace of these."""
+        return steps * sum(one.seconds for one in self.outcomes) / len(self.outcomes)
+
+
+TOLD = {
+    "loss": "loss {:.4g}",
+    "validation_loss": "held-out loss {:.4g}",
+    "learning_rate": "learning rate {:.3g}",
+    "gradient_norm": "gradient norm {:.3g}",
+    "samples_per_second": "{:.3g} samples/s",
+}
+
+
+def line(row: Mapping[str, Any], steps: int, seconds_left: float | None) -> str:
+    """A row for people: `step 20 of 1000: loss 0.42, learning rate 0.0001, …, about 3 min 20 s left`."""
+    parts = [text.format(row[name]) for name, text in TOLD.items() if name in row]
+    if seconds_left:
+        parts.append(f"about {duration(seconds_left)} left")
+    return f"step {row['step']} of {steps}: {', '.join(parts)}"
 
 
 class Metrics:

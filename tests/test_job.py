@@ -126,6 +126,13 @@ def test_a_job_of_other_requests_is_refused_or_made_beside(folder: Folder) -> No
     assert [row.prompt for row in added.open] == ["a cat 2"]
     list(folder.run(added))
     assert folder.open(requests[:2]).open == []  # the first one is found again
+    again = folder.open(requests[1:])  # what was added, without being told so again
+    assert [(row.prompt, row.state) for row in again.rows] == [("a cat 1", "done"), ("a cat 2", "done")]
+    (folder.path / again.rows[0].file).unlink()
+    lost = folder.open(requests[1:])
+    assert (lost.remade, [row.prompt for row in lost.open]) == (1, ["a cat 1"])
+    list(folder.run(lost))
+    assert folder.frames() == alone(folder.engine, requests)
     new = folder.open(requests, "new")
     assert new.kept == []
     list(folder.run(new))

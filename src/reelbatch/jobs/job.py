@@ -104,9 +104,11 @@ def open_job(
         JobChanged: with "resume", if another job is there.
     """
     if mode == "resume" and (jobs := manifest.jobs()):
-        number = _the_same(manifest, folder, jobs, requests, settings)
+        number, its = _the_same(manifest, folder, jobs, requests, settings)
         remade = _remake_lost(manifest, folder)
-        rows = manifest.rows(number)
+        now = {row.id: row for row in manifest.rows()}
+        rows = [now[id] for id in its]
+        manifest.take_over(number, [row.id for row in rows if row.job != number and row.state in OPEN])
         return Job(number, rows, [row for row in rows if row.state == State.DONE], remade)
     remade = 0 if overwrite else _remake_lost(manifest, folder)
     there = manifest.rows()
@@ -184,19 +186,36 @@ def _match(rows: Sequence[VideoRow], requests: Sequence[VideoRequest], settings:
 
 def _the_same(
     manifest: Manifest, folder: Path, jobs: Sequence[JobRow], requests: Sequence[VideoRequest], settings: Settings
-) -> int:
-    """Number of the latest job that is this one; raises `JobChanged`, told of the latest, if none is."""
+) -> tuple[int, list[str]]:
+    """Number of the latest job that is this one, and the ids of the requests' rows; raises `JobChanged`, told of the
+    latest, if none is."""
+    there = manifest.rows()
     latest: list[str] = []
     for job in reversed(jobs):
-        found = _differences(job, manifest.rows(job.number), requests, settings)
-        if not found:
-            return job.number
-        latest = latest or found
+        found = _rows_of(job, there, requests)
+        differences = _differences(job, there, found, requests, settings)
+        if not differences:
+            return job.number, [found[i].id for i in range(len(requests))]
+        latest = latest or differences
     raise JobChanged(folder, latest)
 
 
+def _rows_of(job: JobRow, there: Sequence[VideoRow], requests: Sequence[VideoRequest]) -> dict[int, VideoRow]:
+    """The requests' rows, by their places: the job's own, and videos that earlier jobs had made when it was added."""
+    settings = Settings.of_record(job.settings)
+    own = _match([row for row in there if row.job == job.number], requests, settings)
+    rest = [i for i in range(len(requests)) if i not in own]
+    earlier = [row for row in there if row.job < job.number and row.state == State.DONE]
+    kept = _match(earlier, [requests[i] for i in rest], settings)
+    return own | {rest[place]: row for place, row in kept.items()}
+
+
 def _differences(
-    before: JobRow, rows: Sequence[VideoRow], requests: Sequence[VideoRequest], settings: Settings
+    before: JobRow,
+    there: Sequence[VideoRow],
+    found: Mapping[int, VideoRow],
+    requests: Sequence[VideoRequest],
+    settings: Settings,
 ) -> list[str]:
     now = settings.record
     differences = [
@@ -204,7 +223,7 @@ def _differences(
         for name, value in now.items()
         if before.settings.get(name) != value
     ]
-    found = _match(rows, requests, Settings.of_record(before.settings))
+    rows = [row for row in there if row.job == before.number]
     fresh = [request for i, request in enumerate(requests) if i not in found]
     gone = {row.id for row in rows} - {row.id for row in found.values()}
     differences += [f"new: {_told(request)}" for request in fresh[:SHOWN]]

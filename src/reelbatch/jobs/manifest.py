@@ -210,9 +210,18 @@ class Manifest:
             for row in rows:
                 row.job = job.number
             session.add_all(rows)
-            for some in _in_parts(adopt):
-                session.execute(update(VideoRow).where(VideoRow.id.in_(some)).values(job=job.number))
+            self._move_into(session, job.number, adopt)
             return job.number
+
+    def take_over(self, job: int, ids: Sequence[str]) -> None:
+        """Rows of other jobs that this one is to make."""
+        with self._transaction() as session:
+            self._move_into(session, job, ids)
+
+    @staticmethod
+    def _move_into(session: Session, job: int, ids: Sequence[str]) -> None:
+        for some in _in_parts(ids):
+            session.execute(update(VideoRow).where(VideoRow.id.in_(some)).values(job=job))
 
     # -- rows --------------------------------------------------------------------------------------
 

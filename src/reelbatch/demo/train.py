@@ -118,7 +118,7 @@ def export(work: Work, to: Annotated[Path, typer.Option(help="The model folder."
         # half precision keeps the package small; it is loaded in the dtype that is asked for
         transformer=HunyuanVideoTransformer3DModel.from_pretrained(trained, torch_dtype=torch.float16)
         if trained.exists()
-        else HunyuanVideoTransformer3DModel(**ARCHITECTURE).to(torch.float16),
+        else HunyuanVideoTransformer3DModel(**ARCHITECTURE).half(),
         vae=AutoencoderKLHunyuanVideo.from_pretrained(_vae(work)),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=FLOW_SHIFT),
         text_encoder_2=clip,
@@ -131,7 +131,7 @@ def export(work: Work, to: Annotated[Path, typer.Option(help="The model folder."
     profile = {
         "about": "a little HunyuanVideo that draws one moving shape: "
         f"{', '.join(shapes.COLORS)}; {', '.join(shapes.SHAPES)}; small or large; moving left, right, up, down or "
-        "standing still; on a black or white background",
+        "standing still; on a black or white background; in 64×64 to 128×128 pixels and 5 to 17 frames",
         "defaults": {"height": 64, "width": 64, "frames": 9, "steps": 20, "guidance": 6.0, "fps": 8},
         "vocabulary": [word for word in text_towers.vocabulary() if word.isalpha()],
     }

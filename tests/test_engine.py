@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -328,6 +329,28 @@ def test_a_short_video_leaves_while_a_long_one_goes_on_and_another_takes_its_pla
     assert steps[4:6] == [("r0", 3, 2), ("r2", 1, 2)]
     phases = [progress.phase for progress in seen if progress.id == "r1"]
     assert phases == ["text", "denoise", "denoise", "decode", "done"]
+
+
+def test_decoding_beside_the_next_steps_gives_the_same_videos(
+    fp32: Components, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [simple(i, steps=1 + i, frames=(1, 5, 9)[i % 3]) for i in range(5)]
+    expected = make(fp32, requests)
+    decode, stepped = fp32.decoder.decode, threading.Event()
+
+    def beside(latents):
+        if threading.current_thread() is not threading.main_thread():
+            assert stepped.wait(60)  # the first decode ends only after a step that was taken meanwhile
+        return decode(latents)
+
+    monkeypatch.setattr(fp32.decoder, "decode", beside)
+    engine = Engine(fp32, max_batch_size=2, keep_latents=True)
+    engine.decode_beside = 2
+    engine.on_progress = lambda progress: stepped.set() if (progress.id, progress.step) == ("r2", 1) else None
+    ended = {video.request.id: video for video in engine.generate(requests)}
+    assert stepped.is_set()
+    for id, video in ended.items():
+        assert_bit_identical(video, expected[id])
 
 
 def test_a_video_tells_where_it_came_from(fp32: Components) -> None:

@@ -421,6 +421,7 @@ def test_the_writer_holds_the_engine_back_rather_than_piling_frames_up(
     monkeypatch.setattr(Aside, "put_in_place", slow)
     monkeypatch.setattr(folder.engine.components.decoder, "decode", counting)
     folder.engine.planner.max_batch_size = 1
+    folder.engine.decode_beside = run_room.DECODE_BESIDE
     folder.make(asked(folder.engine, 14, steps=1, frames=1, height=16, width=16))
     assert set(folder.states().values()) == {"done"}
     assert finished == [14]

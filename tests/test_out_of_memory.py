@@ -18,6 +18,7 @@ from reelbatch import Video, VideoRequest
 from reelbatch.engine.engine import Engine, Failure
 from reelbatch.engine.planner import Planner
 from reelbatch.engine.recovery import OutOfMemory, is_out_of_memory
+from reelbatch.jobs.run import DECODE_BESIDE
 from reelbatch.models.checkpoint import Components, load
 from reelbatch.video import read_video
 
@@ -91,6 +92,7 @@ def test_whatever_runs_out_when_every_request_ends_once_and_right(
     rng = random.Random(seed)
     share = rng.choice([0.02, 0.05, 0.15, 0.4])
     engine = Engine(components, keep_latents=True, max_batch_size=rng.randint(1, 5))
+    engine.decode_beside = rng.choice([0, DECODE_BESIDE])
     folder = Folder(tmp_path, engine)
     made: dict[str, Video] = {}
     written_aside = Video.written_aside

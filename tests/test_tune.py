@@ -188,6 +188,9 @@ def test_a_full_run_is_text_and_all_steps_and_the_decoding_of_each() -> None:
     assert (found.first, found.last) == (0.5 + 20 + 3, 0.5 + 20 + 6)
     assert found.per_video == found.last / 2
     assert found.per_step == 2.0  # a disturbed step does not move a median
+    written = extrapolate(waves, Repeat(((0.5, (2.0, 9.0, 2.0)),)), lambda _: 3.0, lambda _: 0.25)
+    assert written.per_video == found.per_video + 0.25
+    assert (written.first, written.last) == (found.first, found.last)
 
 
 def test_requests_of_different_length_share_steps_while_the_next_take_free_places() -> None:

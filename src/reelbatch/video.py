@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import av
 import numpy as np
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, VideoReformatter
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
@@ -353,9 +353,13 @@ def _encode(frames: Frames, fps: int, path: Path, comment: str) -> None:
         codec.thread_count = 1  # it writes beside the next steps, whose cores and memory it leaves alone
         codec.color_range, codec.colorspace = ColorRange.MPEG, Colorspace.ITU709
         codec.color_primaries, codec.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+        reformatter = VideoReformatter()  # one for all frames: each sets itself up anew
         for frame in frames:
-            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24").reformat(
-                format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+            picture = reformatter.reformat(
+                av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24"),
+                format="yuv420p",
+                dst_colorspace=Colorspace.ITU709,
+                dst_color_range=ColorRange.MPEG,
             )
             container.mux(stream.encode(picture))
         container.mux(stream.encode(None))

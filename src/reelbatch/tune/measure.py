@@ -6,6 +6,8 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from reelbatch.engine.engine import Engine, Failure, Progress
 from reelbatch.engine.planner import Isolation
@@ -191,7 +193,8 @@ class MemorySplit:
 class Point:
     """One batch size, measured. Rates and times are of full runs, extrapolated from the steps that were measured.
 
-    seconds_per_step: of the whole batch. seconds_per_video: of one video's share of a batch; `spread` is of it.
+    seconds_per_step: of the whole batch.
+    seconds_per_video: of one video's share of a batch, on the CPU with the writing of its file; `spread` is of it.
     first_video_seconds, last_video_seconds: from asking for a batch to its first and to its last decoded video.
     flops: achieved FLOP/s of the denoising steps; flops_share: of the device's measured matrix rate.
     joules_per_video: None where the device does not tell.
@@ -242,6 +245,14 @@ class Repeat:
         )
 
 
+def write_seconds(video: Video) -> float:
+    """What it takes to write a video's file."""
+    with TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        video.save(Path(folder, "video.mp4"))
+        return time.perf_counter() - started
+
+
 @dataclass(frozen=True)
 class Extrapolated:
     """Seconds of full runs, from a few steps."""
@@ -253,11 +264,17 @@ class Extrapolated:
 
 
 def extrapolate(
-    waves: Sequence[Sequence[VideoRequest]], repeat: Repeat, decode_seconds: Callable[[VideoRequest], float]
+    waves: Sequence[Sequence[VideoRequest]],
+    repeat: Repeat,
+    decode_seconds: Callable[[VideoRequest], float],
+    write_seconds: Callable[[VideoRequest], float] = lambda _: 0.0,
 ) -> Extrapolated:
     """What full runs of these waves take, if every step takes what the measured ones took.
 
     A video's share of a step is one part in as many as share it: places that get free are taken by the next in line.
+
+    Args:
+        write_seconds: what writing a video's file takes from the next steps; it is in `per_video` only.
     """
     total, videos = 0.0, 0
     firsts, lasts, weighted = [], [], []
@@ -265,7 +282,7 @@ def extrapolate(
         step = statistics.median(measured)
         steps = [steps_of(request) for request in wave]
         decodes = [decode_seconds(request) for request in wave]
-        total += text + step * statistics.fmean(steps) + sum(decodes)
+        total += text + step * statistics.fmean(steps) + sum(decodes) + sum(map(write_seconds, wave))
         videos += len(wave)
         firsts.append(text + step * min(steps) + decodes[steps.index(min(steps))])
         lasts.append(text + step * max(steps) + sum(decodes))

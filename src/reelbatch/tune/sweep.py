@@ -32,6 +32,7 @@ from reelbatch.tune.measure import (
     extrapolate,
     is_steady,
     observe,
+    write_seconds,
 )
 from reelbatch.tune.quality import Alone, Quality, compare
 from reelbatch.tune.workload import Workload, pixels, shape_of, steps_of
@@ -173,6 +174,7 @@ class Sweep:
         self._limit = memory_limit
         self._records: dict[Key, _Record] = {}
         self._decodes: dict[str, list[float]] = {}
+        self._write_rate = 0.0  # seconds per pixel, where the steps are computed by the cores that write
         self._flops: dict[str, int] = {}
         self._weights = 0
         if components.offload == "none":
@@ -413,6 +415,8 @@ class Sweep:
             self._note(f"videos are compared after {steps} of {self.workload.steps} steps: all would take too long")
         dtype = self._dtype
         self.alone = Alone(tuple(videos), steps, full, f"{dtype} alone")
+        if self.components.device.type == "cpu":
+            self._write_rate = statistics.median(write_seconds(video) / pixels(video.request) for video in videos)
 
     def _sizes_of_reference(self) -> tuple[int, int] | None:
         return None if self.reference is None else self.reference.sizes
@@ -511,7 +515,7 @@ class Sweep:
         record = self._records[key]
         waves = self.workload.waves(batch)
         pooled = Repeat.pooled(record.repeats)
-        found = extrapolate(waves, pooled, self._decode_seconds)
+        found = extrapolate(waves, pooled, self._decode_seconds, self._write_seconds)
         spread = Spread.of([one.per_video for one in self._extrapolated(key)])
         work = statistics.fmean(sum(self._flops[shape_of(request)] for request in wave) for wave in waves)
         vae = max(self._vae_bytes, record.decode_bytes)
@@ -541,10 +545,16 @@ class Sweep:
 
     def _extrapolated(self, key: Key) -> list[Extrapolated]:
         waves = self.workload.waves(key[1])
-        return [extrapolate(waves, repeat, self._decode_seconds) for repeat in self._records[key].repeats]
+        return [
+            extrapolate(waves, repeat, self._decode_seconds, self._write_seconds)
+            for repeat in self._records[key].repeats
+        ]
 
     def _decode_seconds(self, request: VideoRequest) -> float:
         return statistics.median(self._decodes[_frames_of(request)])
+
+    def _write_seconds(self, request: VideoRequest) -> float:
+        return self._write_rate * pixels(request)
 
     def _chosen_key(self) -> Key | None:
         points = [self._point(key) for key, record in self._records.items() if record.repeats]

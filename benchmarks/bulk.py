@@ -133,7 +133,7 @@ def main(
     processes: Annotated[int, typer.Option(help="Processes of one prompt that are timed.")] = 3,
     batch_size: int = 32,
     alone: Annotated[str, typer.Option(hidden=True)] = "",
-    save: Annotated[bool, typer.Option(help="Keep the table under benchmarks/results/.")] = True,
+    keep_as: Annotated[str, typer.Option(help="Name of the table's file under benchmarks/results/.")] = "bulk_cpu",
 ) -> None:
     """Prints the table that is kept under benchmarks/results/."""
     if alone:
@@ -162,8 +162,7 @@ def main(
     single = statistics.median(a_process(line) for line in lines[:processes])
     text = report(lines, seconds, medians, times, single, rounds, ours, theirs, processes, batch_size)
     print(text)
-    if save:
-        (RESULTS / "bulk_cpu.md").write_text(text, encoding="utf-8")
+    (RESULTS / f"{keep_as}.md").write_text(text, encoding="utf-8")
 
 
 def report(

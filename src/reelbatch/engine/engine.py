@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -223,8 +223,7 @@ class Engine:
             "isolation": self.isolation,
             "attention": self.components.transformer.attention_backend,
             "offload": self.components.offload,
-            "versions": {"reelbatch": __version__}
-            | {name: version(name) for name in ("torch", "diffusers", "transformers")},
+            "versions": dict(versions()),
         }
 
     # -- working -----------------------------------------------------------------------------------
@@ -624,6 +623,12 @@ class Engine:
 def _all_finite(tensors: list[Tensor]) -> list[bool]:
     """Whether each tensor holds numbers only; one wait for the device, whatever the number of tensors."""
     return torch.stack([tensor.isfinite().all() for tensor in tensors]).tolist() if tensors else []
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Of what a video depends on. Kept, as finding one takes a millisecond."""
+    return {"reelbatch": __version__} | {name: version(name) for name in ("torch", "diffusers", "transformers")}
 
 
 def _not_finite(sample: Sample) -> ArithmeticError:

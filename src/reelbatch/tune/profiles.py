@@ -11,7 +11,6 @@ import os
 import re
 from collections.abc import Sequence
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
@@ -19,8 +18,8 @@ import torch
 from platformdirs import user_cache_path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from reelbatch import __version__
 from reelbatch.doctor import device_name
+from reelbatch.engine.engine import versions
 from reelbatch.engine.memory import Offload
 from reelbatch.engine.planner import Isolation
 from reelbatch.models.checkpoint import CLASSES, choose_device
@@ -129,17 +128,13 @@ def identity(
         device=_described(chosen),
         dtype=str(Precision.parse(dtype, chosen)),
         attention=attention,
-        versions=_versions(),
+        versions=versions(),
         shapes=shapes,
     )
 
 
 def _described(device: torch.device) -> str:
     return f"{device.type}: {device_name(device)}"
-
-
-def _versions() -> dict[str, str]:
-    return {"reelbatch": __version__} | {name: version(name) for name in ("torch", "diffusers", "transformers")}
 
 
 def weights_hash(folder: Path) -> str:
@@ -220,7 +215,7 @@ def _now(profile: Profile) -> Identity | None:
         device = choose_device(profile.identity.device.partition(":")[0])
     except ValueError:
         return None
-    return profile.identity.model_copy(update={"device": _described(device), "versions": _versions()})
+    return profile.identity.model_copy(update={"device": _described(device), "versions": versions()})
 
 
 def stale(profile: Profile) -> str | None:

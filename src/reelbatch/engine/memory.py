@@ -3,7 +3,7 @@
 All costs are estimates, made from configurations before anything is loaded: the tensors that are alive at the worst
 moment of a phase, as the code of the networks makes them, and on a CPU what was measured to come on top: libraries and
 the C allocator. How far estimates have been off is measured by benchmarks/memory_plan.py and kept in
-benchmarks/results/memory_plan_cpu.md; on a GPU it has not been measured.
+benchmarks/results/memory_plan_cpu.md and memory_plan_held_out_cpu.md; on a GPU it has not been measured.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ Phase = Literal["text", "step", "decode"]
 Offload = Literal["none", "component", "block"]
 """Which weights are on the device: all; those of the component at work; the block at work and the one that follows."""
 
-ERRORS_MEASURED = (-0.044, 0.175)
-"""Lowest and highest error (estimate over measured, less 1) in benchmarks/results/memory_plan_cpu.md."""
+ERRORS_MEASURED = (-0.143, 0.308)
+"""Lowest and highest error (estimate over measured, less 1) in benchmarks/results/memory_plan_cpu.md and, of batches
+that nothing was fitted to, memory_plan_held_out_cpu.md. Steps, which the engine goes by, are from -0.06 to 0.124."""
 
 RUNTIME_BYTES: Mapping[Phase, tuple[int, int]] = MappingProxyType(
     {"text": (20 * 2**20, 29 * 2**20), "step": (23 * 2**20, 40 * 2**20), "decode": (45 * 2**20, 44 * 2**20)}
@@ -58,6 +59,9 @@ benchmarks/memory_plan.py measured."""
 
 SLACK_HALF: Mapping[Phase, tuple[float, int]] = MappingProxyType({"step": (0.7, 45), "decode": (0.5, 9)})
 """What comes on top of it in half precision, over the tensors, and at most (MiB)."""
+
+SLACK_HALF_WEIGHTS = (0.05, 15)
+"""And over the transformer's weights, once a step has run: why is not known; of one model with heavy weights."""
 
 SLACK_PINNED = (0.9, 30)
 """The same in exact isolation, over the streams of the other packs, which lie between what a pack frees."""
@@ -563,6 +567,10 @@ def plan(
     if precision.int8:  # a layer's weights are written out in full while it works
         dim = transformer["num_attention_heads"] * transformer["attention_head_dim"]
         found["step"] += int(max(6, 1 + transformer["mlp_ratio"]) * dim**2) * precision.transformer.itemsize
+    if torch.device(device).type == "cpu" and precision.transformer.itemsize < 4:
+        size = precision.weight_bytes("transformer", network.parameters["transformer"])
+        for phase in ("step", "decode"):
+            found[phase] += _at_most(size, *SLACK_HALF_WEIGHTS)
     return Plan(MappingProxyType(_weights(network, precision, offload)), **found)
 
 

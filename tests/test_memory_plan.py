@@ -193,8 +193,10 @@ def benchmark() -> ModuleType:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
 def test_estimates_hold_in_fresh_processes(benchmark: ModuleType) -> None:
-    """The fastest of the benchmark's cases; the others are in benchmarks/results/memory_plan_cpu.md. The middle of three
-    where the first is outside."""
+    """The fastest of the benchmark's cases; the others are in benchmarks/results/memory_plan_cpu.md.
+
+    The middle of three runs counts where the first is outside.
+    """
     with benchmark.model_folders() as folders:
         for number in (1, 3, 4, 19):
             case = benchmark.CASES[number - 1]

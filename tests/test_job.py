@@ -78,6 +78,7 @@ def test_every_video_is_the_one_alone_with_its_hash_and_nothing_else_is_left(fol
     outcomes = folder.make(requests)
     assert {outcome.request.prompt for outcome in outcomes if outcome.record} == {r.prompt for r in requests}
     assert folder.frames() == alone(folder.engine, requests)
+    assert folder.engine.decode_beside == 0  # on the CPU it would take the cores from the steps
     assert all(checked.problem is None for checked in verify(folder.manifest, folder.path))
     names = {row.file for row in folder.manifest.rows()}
     assert folder.files() == {FILE} | names | {str(sidecar(Path(name))) for name in names}

@@ -458,6 +458,15 @@ def test_the_budget_is_kept_and_one_alone_is_measured_whatever_it_is(components:
     assert late.choice.why.startswith("no larger batch was measured")
 
 
+def test_on_the_cpu_the_writing_of_files_is_part_of_what_a_video_takes(
+    components: Components, info: ModelInfo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reelbatch.tune.sweep.write_seconds", lambda _: 100.0)
+    found = Sweep(components, small(info), budget=1000, largest=2, clock=Clock()).run()
+    assert all(100 < point.seconds_per_video < 200 for point in found.points)
+    assert all(point.last_video_seconds < 100 for point in found.points)
+
+
 def test_a_limit_of_latency_ends_the_growing(components: Components, info: ModelInfo) -> None:
     found = Sweep(components, small(info), budget=10, limits=Limits(max_latency=1e-6), clock=Clock()).run()
     assert {p.batch for p in found.points} == {1}

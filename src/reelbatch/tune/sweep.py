@@ -174,7 +174,7 @@ class Sweep:
         self._limit = memory_limit
         self._records: dict[Key, _Record] = {}
         self._decodes: dict[str, list[float]] = {}
-        self._write_rate = 0.0  # seconds per pixel, where the steps are computed by the cores that write
+        self._write_rate = 0.0  # seconds per byte of frames, where the steps are computed by the cores that write
         self._flops: dict[str, int] = {}
         self._weights = 0
         if components.offload == "none":
@@ -416,7 +416,7 @@ class Sweep:
         dtype = self._dtype
         self.alone = Alone(tuple(videos), steps, full, f"{dtype} alone")
         if self.components.device.type == "cpu":
-            self._write_rate = statistics.median(write_seconds(video) / pixels(video.request) for video in videos)
+            self._write_rate = statistics.median(write_seconds(video) / video.frames.nbytes for video in videos)
 
     def _sizes_of_reference(self) -> tuple[int, int] | None:
         return None if self.reference is None else self.reference.sizes
@@ -554,7 +554,7 @@ class Sweep:
         return statistics.median(self._decodes[_frames_of(request)])
 
     def _write_seconds(self, request: VideoRequest) -> float:
-        return self._write_rate * pixels(request)
+        return self._write_rate * _frame_bytes(request)
 
     def _chosen_key(self) -> Key | None:
         points = [self._point(key) for key, record in self._records.items() if record.repeats]

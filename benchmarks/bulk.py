@@ -25,8 +25,8 @@ import torch
 import typer
 
 from reelbatch import Video, VideoRequest
-from reelbatch.doctor import device_name
-from reelbatch.models.checkpoint import DEMO_FOLDER
+from reelbatch.device import device_name
+from reelbatch.loading.hub import DEMO_FOLDER
 
 RESULTS = Path(__file__).parent / "results"
 SIDE, FRAMES, STEPS = 32, 5, 4
@@ -67,7 +67,7 @@ class Ours:
         from reelbatch.jobs.job import Settings, open_job
         from reelbatch.jobs.manifest import Manifest
         from reelbatch.jobs.prompts import Entry, make_requests
-        from reelbatch.jobs.run import Run
+        from reelbatch.jobs.worker import Run
 
         fields = {"height": SIDE, "width": SIDE, "frames": FRAMES, "steps": STEPS}
         entries = [Entry(str(i), {"prompt": prompt}) for i, prompt in enumerate(prompts)]

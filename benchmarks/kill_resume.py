@@ -27,7 +27,7 @@ from typing import Annotated
 
 import typer
 
-from reelbatch.doctor import device_name
+from reelbatch.device import device_name
 from reelbatch.jobs.manifest import FILE
 
 RESULTS = Path(__file__).parent / "results"

@@ -38,7 +38,7 @@ import typer
 from reelbatch import VideoRequest
 from reelbatch.demo import shapes
 from reelbatch.demo.evaluate import Score, prompts, score, with_engine
-from reelbatch.doctor import device_name
+from reelbatch.device import device_name
 from reelbatch.train.config import make_config
 from reelbatch.train.loop import train
 

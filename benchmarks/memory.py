@@ -18,8 +18,9 @@ import psutil
 import torch
 import typer
 
-from reelbatch.models.checkpoint import DEMO_FOLDER
-from reelbatch.models.hunyuan_video import Branch, HunyuanVideoTransformer3DModel
+from reelbatch.loading.hub import DEMO_FOLDER
+from reelbatch.models.branch import Branch
+from reelbatch.models.hunyuan_video.transformer import HunyuanVideoTransformer3DModel
 
 RESULTS = Path(__file__).parent / "results"
 LATENTS = ((4, 64, 64), (8, 64, 64), (16, 64, 64))

@@ -28,10 +28,10 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from reelbatch.doctor import device_name
-from reelbatch.engine.memory import Network, Plan, VideoShape, plan
-from reelbatch.models.checkpoint import DEMO_FOLDER
-from reelbatch.models.precision import DTYPES
+from reelbatch.device import device_name
+from reelbatch.loading.hub import DEMO_FOLDER
+from reelbatch.loading.precision import DTYPES
+from reelbatch.memory.estimate import Network, Plan, VideoShape, plan
 
 RESULTS = Path(__file__).parent / "results"
 STEPS, DECODED = 3, 2
@@ -197,7 +197,7 @@ def model_folders() -> Iterator[dict[str, Path]]:
     """The bundled model, and folders of the others with the bundled one's text encoders."""
     from diffusers import AutoencoderKLHunyuanVideo
 
-    from reelbatch.models.hunyuan_video import HunyuanVideoTransformer3DModel
+    from reelbatch.models.hunyuan_video.transformer import HunyuanVideoTransformer3DModel
 
     shared = {"num_refiner_layers": 1, "text_embed_dim": 64, "pooled_projection_dim": 64, "rope_axes_dim": (16, 24, 24)}
     with tempfile.TemporaryDirectory() as root:

@@ -19,9 +19,10 @@ import torch
 import typer
 
 from reelbatch import VideoRequest
+from reelbatch.device import is_out_of_memory
 from reelbatch.engine.engine import Engine, Failure
-from reelbatch.engine.recovery import is_out_of_memory
-from reelbatch.models.checkpoint import DEMO_FOLDER, load
+from reelbatch.loading.hub import DEMO_FOLDER
+from reelbatch.loading.load import load
 
 SIDE = 512
 

@@ -33,7 +33,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from reelbatch.doctor import processor_name
+from reelbatch.device import processor_name
 from reelbatch.jobs.manifest import JobRow, State, VideoRow
 from reelbatch.jobs.report import write_report
 from reelbatch.request import VideoRequest

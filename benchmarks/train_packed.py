@@ -29,10 +29,10 @@ import typer
 from diffusers import HunyuanVideoTransformer3DModel as Reference
 from torch import Tensor
 
-from reelbatch.doctor import device_name
-from reelbatch.models.checkpoint import resolve
-from reelbatch.models.hunyuan_video import HunyuanVideoTransformer3DModel
-from reelbatch.models.text import Conditioning
+from reelbatch.device import device_name
+from reelbatch.loading.hub import resolve
+from reelbatch.models.hunyuan_video.text import Conditioning
+from reelbatch.models.hunyuan_video.transformer import HunyuanVideoTransformer3DModel
 from reelbatch.train.flow_matching import TIMESTEPS, Example, flow_matching_loss
 
 RESULTS = Path(__file__).parent / "results"

@@ -87,7 +87,7 @@ def main(
     if child:
         print(json.dumps(cell(json.loads(child))))
         return
-    from reelbatch.doctor import device_name
+    from reelbatch.device import device_name
 
     lines = [
         "# Precision in training",

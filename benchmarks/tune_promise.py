@@ -25,7 +25,7 @@ import torch
 import typer
 
 from reelbatch.demo import evaluate
-from reelbatch.doctor import device_name
+from reelbatch.device import device_name
 
 RESULTS = Path(__file__).parent / "results"
 NEAR = 0.10

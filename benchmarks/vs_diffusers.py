@@ -29,10 +29,12 @@ from diffusers import HunyuanVideoPipeline
 from diffusers import HunyuanVideoTransformer3DModel as Reference
 
 from reelbatch import VideoRequest
-from reelbatch.doctor import device_name
+from reelbatch.device import device_name
 from reelbatch.engine.engine import Engine
-from reelbatch.models.checkpoint import DEMO_FOLDER, load
-from reelbatch.models.hunyuan_video import Branch, HunyuanVideoTransformer3DModel
+from reelbatch.loading.hub import DEMO_FOLDER
+from reelbatch.loading.load import load
+from reelbatch.models.branch import Branch
+from reelbatch.models.hunyuan_video.transformer import HunyuanVideoTransformer3DModel
 
 RESULTS = Path(__file__).parent / "results"
 PADDED_TEXT = 256

@@ -16,9 +16,9 @@ from diffusers import HunyuanVideoTransformer3DModel as Reference
 from torch.profiler import ProfilerActivity, profile
 from vs_diffusers import transformer_ways
 
-from reelbatch.doctor import device_name
-from reelbatch.models.checkpoint import DEMO_FOLDER
-from reelbatch.models.hunyuan_video import HunyuanVideoTransformer3DModel
+from reelbatch.device import device_name
+from reelbatch.loading.hub import DEMO_FOLDER
+from reelbatch.models.hunyuan_video.transformer import HunyuanVideoTransformer3DModel
 
 RESULTS = Path(__file__).parent / "results"
 CASES = (((3, 8, 8), 8), ((3, 32, 32), 8), ((5, 64, 64), 1))

@@ -10,7 +10,7 @@ from reelbatch import VideoRequest
 from reelbatch.engine.engine import Engine
 from reelbatch.jobs.job import Job, Settings, open_job
 from reelbatch.jobs.manifest import Manifest
-from reelbatch.jobs.run import Outcome, Run
+from reelbatch.jobs.worker import Outcome, Run
 
 
 class Folder:

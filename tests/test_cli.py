@@ -19,8 +19,9 @@ from typer.testing import CliRunner
 import reelbatch
 from reelbatch.cli import app, main
 from reelbatch.engine.engine import Engine, Progress
-from reelbatch.jobs.progress import display, duration, shorten
+from reelbatch.jobs.display import display
 from reelbatch.video import read_record, read_video
+from reelbatch.wording import duration, shorten
 
 
 def call(*words: str | Path):

@@ -9,7 +9,8 @@ from diffusers import HunyuanVideoPipeline
 
 from reelbatch import Engine, VideoRequest
 from reelbatch.demo.evaluate import prompts, score
-from reelbatch.models.checkpoint import DEMO_FOLDER, inspect
+from reelbatch.loading.hub import DEMO_FOLDER
+from reelbatch.loading.inspection import inspect
 
 MAX_BYTES = 25_000_000
 

@@ -14,7 +14,7 @@ from reelbatch import VideoRequest
 from reelbatch.attention import BACKENDS, AttentionBackendError, HeadRules, own_pixel, register_rule, rules
 from reelbatch.cli import app
 from reelbatch.engine.engine import Engine
-from reelbatch.models.checkpoint import load
+from reelbatch.loading.load import load
 from reelbatch.request import ModelLimits, RequestError
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 import reelbatch
 from reelbatch import HunyuanVideoTransformer3DModel
 from reelbatch.attention import AttentionBackendError, HeadRules, own_frame
-from reelbatch.models.checkpoint import DEMO_FOLDER
+from reelbatch.loading.hub import DEMO_FOLDER
 
 ORDER = (
     "hidden_states",

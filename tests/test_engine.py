@@ -17,7 +17,7 @@ from reelbatch import Video, VideoRequest
 from reelbatch.engine import flow
 from reelbatch.engine.engine import Cancelled, Engine, FailedRequests, Failure, Progress
 from reelbatch.engine.planner import Planner
-from reelbatch.models.checkpoint import Components, load
+from reelbatch.loading.load import Components, load
 
 WORDS = [
     "a",

@@ -6,8 +6,8 @@ import pytest
 import tiny
 import torch
 
-from reelbatch.models.hunyuan_video import HunyuanVideoTransformer3DModel
-from reelbatch.models.text import Conditioning
+from reelbatch.models.hunyuan_video.text import Conditioning
+from reelbatch.models.hunyuan_video.transformer import HunyuanVideoTransformer3DModel
 from reelbatch.train.flow_matching import Example, draw_sigmas, flow_matching_loss, shift
 
 CONFIG = tiny.transformer_config()

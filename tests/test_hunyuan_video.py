@@ -16,7 +16,8 @@ from peft import LoraConfig
 from probes import LargestTensor
 from torch import Tensor
 
-from reelbatch.models.hunyuan_video import Branch, HunyuanVideoTransformer3DModel
+from reelbatch.models.branch import Branch
+from reelbatch.models.hunyuan_video.transformer import HunyuanVideoTransformer3DModel
 
 TEXT_TOKENS = 24  # the padded length that the reference is given
 CONFIG = tiny.transformer_config()

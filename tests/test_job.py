@@ -23,12 +23,12 @@ from typer.testing import CliRunner
 from reelbatch import VideoRequest
 from reelbatch.cli import app
 from reelbatch.engine.engine import Engine
-from reelbatch.jobs import run as run_room
+from reelbatch.jobs import worker as run_room
 from reelbatch.jobs.job import JobChanged, in_order
 from reelbatch.jobs.manifest import FILE, Manifest, State
-from reelbatch.jobs.run import FolderError
 from reelbatch.jobs.states import States
 from reelbatch.jobs.verify import make_again, verify
+from reelbatch.jobs.worker import FolderError
 from reelbatch.video import Aside, read_record, sidecar
 
 STEPS = 4

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from reelbatch import VideoRequest
+from reelbatch.device import OutOfMemory
 from reelbatch.engine import engine as engine_room
 from reelbatch.engine.engine import Engine, FailedRequests
-from reelbatch.engine.memory import decode_peak_bytes, step_peak_bytes
-from reelbatch.engine.offload import counting_fetches, offload
-from reelbatch.engine.recovery import OutOfMemory
-from reelbatch.models.checkpoint import load
+from reelbatch.loading.load import load
+from reelbatch.memory.estimate import decode_peak_bytes, step_peak_bytes
+from reelbatch.memory.placement import counting_fetches, offload
 
 HELD = 3 * 2**30
 

@@ -21,27 +21,25 @@ from typer.testing import CliRunner
 
 from reelbatch.attention import backends
 from reelbatch.cli import app
-from reelbatch.engine import memory
-from reelbatch.engine.memory import (
+from reelbatch.device import parse_bytes
+from reelbatch.loading.hub import DEMO_FOLDER
+from reelbatch.loading.inspection import inspect
+from reelbatch.loading.load import load
+from reelbatch.loading.precision import Precision
+from reelbatch.memory import estimate as memory
+from reelbatch.memory.estimate import (
     Network,
     VideoShape,
     decode_peak_bytes,
-    parse_bytes,
     plan,
     slack_bytes,
     step_peak_bytes,
     text_peak_bytes,
 )
-from reelbatch.models.checkpoint import DEMO_FOLDER, inspect, load
-from reelbatch.models.hunyuan_video import (
-    Branch,
-    BranchShape,
-    HunyuanVideoTransformer3DModel,
-    make_layout,
-    rotary_table,
-)
-from reelbatch.models.precision import Precision
-from reelbatch.models.vae import VideoDecoder
+from reelbatch.models.branch import Branch
+from reelbatch.models.hunyuan_video.transformer import HunyuanVideoTransformer3DModel
+from reelbatch.models.hunyuan_video.vae import VideoDecoder
+from reelbatch.models.layers import BranchShape, make_layout, rotary_table
 from reelbatch.request import ModelLimits
 from reelbatch.tune.calibrate import SCALES, Calibration, Correction, calibrate, fit, small_shapes, store
 from reelbatch.tune.plan import LARGEST_BATCH, Setup, answer, remedies

@@ -20,13 +20,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from reelbatch import VideoRequest
-from reelbatch.engine import offload as offload_room
+from reelbatch.device import OutOfMemory, device_memory_bytes
 from reelbatch.engine.engine import TEXT_WINDOW, Engine, Failure
-from reelbatch.engine.memory import device_memory_bytes, step_peak_bytes
-from reelbatch.engine.offload import Residence, check_offload, counting_fetches, offloads, streamed
-from reelbatch.engine.recovery import OutOfMemory
-from reelbatch.models import checkpoint
-from reelbatch.models.checkpoint import Components, ModelFolderError, inspect, load
+from reelbatch.loading import load as checkpoint
+from reelbatch.loading.hub import ModelFolderError
+from reelbatch.loading.inspection import inspect
+from reelbatch.loading.load import Components, load
+from reelbatch.memory import placement as offload_room
+from reelbatch.memory.estimate import step_peak_bytes
+from reelbatch.memory.placement import Residence, check_offload, counting_fetches, offloads, streamed
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 MIB = 2**20

@@ -15,11 +15,11 @@ import torch
 from folders import Folder
 
 from reelbatch import Video, VideoRequest
+from reelbatch.device import OutOfMemory, is_out_of_memory
 from reelbatch.engine.engine import Engine, Failure
 from reelbatch.engine.planner import Planner
-from reelbatch.engine.recovery import OutOfMemory, is_out_of_memory
-from reelbatch.jobs.run import DECODE_BESIDE
-from reelbatch.models.checkpoint import Components, load
+from reelbatch.jobs.worker import DECODE_BESIDE
+from reelbatch.loading.load import Components, load
 from reelbatch.video import read_video
 
 RUNS = int(os.environ.get("REELBATCH_FAULT_RUNS", "25"))

@@ -14,8 +14,8 @@ from torchao.quantization import Int8Tensor
 
 from reelbatch import VideoRequest
 from reelbatch.engine.engine import Engine
-from reelbatch.models.checkpoint import load
-from reelbatch.models.precision import NOT_CONVERTED, Precision
+from reelbatch.loading.load import load
+from reelbatch.loading.precision import NOT_CONVERTED, Precision
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16

@@ -44,9 +44,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import reelbatch
-from reelbatch.drop_in import hunyuan_video
-from reelbatch.drop_in.fix import CannotRepair
-from reelbatch.models.checkpoint import DEMO_FOLDER
+from reelbatch.loading.hub import DEMO_FOLDER
+from reelbatch.repair import hunyuan_video
+from reelbatch.repair.fix import CannotRepair
 
 PROMPTS = [
     "a cat",

@@ -45,9 +45,9 @@ from transformers import (
 )
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from reelbatch.drop_in import hunyuan_video15
-from reelbatch.drop_in.fix import CannotRepair, Undo, same_source, source_digest
-from reelbatch.drop_in.reclass import reclass
+from reelbatch.repair import hunyuan_video15
+from reelbatch.repair.fix import CannotRepair, Undo, same_source, source_digest
+from reelbatch.repair.reclass import reclass
 
 TEXT, GLYPHS, IMAGE = 12, 7, 5
 """Tokens that a sample's text, glyphs and image have room for."""

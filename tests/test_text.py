@@ -12,7 +12,7 @@ from diffusers import HunyuanVideoPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reelbatch.models.text import DEFAULT_TEMPLATE, PromptCutWarning, PromptTemplate, TextEncoder
+from reelbatch.models.hunyuan_video.text import DEFAULT_TEMPLATE, PromptCutWarning, PromptTemplate, TextEncoder
 
 PROMPTS = [
     "",

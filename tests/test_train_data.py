@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from reelbatch.models.checkpoint import Components, load
+from reelbatch.loading.load import Components, load
 from reelbatch.train import data
 from reelbatch.train.cache import EncodedClips
 from reelbatch.train.data import BrokenClip, Clip, ClipRules, DataError, find_clips, read_clip

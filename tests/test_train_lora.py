@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 from reelbatch import VideoRequest
 from reelbatch.cli import app
 from reelbatch.engine.engine import Engine
-from reelbatch.models.checkpoint import load
-from reelbatch.models.hunyuan_video import HunyuanVideoTransformer3DModel
-from reelbatch.models.lora import LoraError, convert_file, layer_widths, load_loras, parse_lora, save_lora
-from reelbatch.models.lora_names import to_diffusers, to_kohya
+from reelbatch.loading.load import load
+from reelbatch.loading.lora import LoraError, convert_file, layer_widths, load_loras, parse_lora, save_lora
+from reelbatch.loading.parameter_names import to_diffusers, to_kohya
+from reelbatch.models.hunyuan_video.transformer import HunyuanVideoTransformer3DModel
 from reelbatch.train.config import ConfigError, make_config
 from reelbatch.train.method import prepare_network, target_layers
 

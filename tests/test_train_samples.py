@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from reelbatch.models.text import Conditioning
+from reelbatch.models.hunyuan_video.text import Conditioning
 from reelbatch.train.cache import Encoded
 from reelbatch.train.config import make_config
 from reelbatch.train.data import Clip

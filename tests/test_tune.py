@@ -20,9 +20,10 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from reelbatch.cli import app
-from reelbatch.engine.memory import Network, VideoShape, plan
-from reelbatch.models.checkpoint import Components, ModelInfo, inspect, load
-from reelbatch.models.precision import Precision
+from reelbatch.loading.inspection import ModelInfo, inspect
+from reelbatch.loading.load import Components, load
+from reelbatch.loading.precision import Precision
+from reelbatch.memory.estimate import Network, VideoShape, plan
 from reelbatch.request import RequestError, VideoRequest
 from reelbatch.tune import gauges, profiles, report, run, sweep, workload
 from reelbatch.tune.choose import NEAR_BEST, PACKED_MUST_WIN, Limits, NothingKept, choose

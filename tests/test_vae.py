@@ -13,8 +13,9 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import HunyuanVideoMidBlock3D
 from probes import LargestTensor
 
-from reelbatch.engine.memory import _cgroup_limits, decode_peak_bytes, device_memory_bytes
-from reelbatch.models.vae import FrameCausalMidBlock3D, VideoDecoder, use_frame_causal_attention
+from reelbatch.device import _cgroup_limits, device_memory_bytes
+from reelbatch.memory.estimate import decode_peak_bytes
+from reelbatch.models.hunyuan_video.vae import FrameCausalMidBlock3D, VideoDecoder, use_frame_causal_attention
 
 
 def latents(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -10,13 +10,14 @@ for video in engine.generate(requests):
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .drop_in.repair import repair, restore
     from .engine.engine import Engine
-    from .models.hunyuan_video import HunyuanVideoTransformer3DModel
+    from .models.hunyuan_video.transformer import HunyuanVideoTransformer3DModel
+    from .repair.repair import repair, restore
     from .request import VideoRequest
     from .video import Video
 
@@ -31,14 +32,20 @@ __all__ = [
     "restore",
 ]
 
+# What torchao and PyTorch log while Diffusers imports torchao (of GPU kernels, of deprecations) is not for those who
+# make videos. A level that a program has set stays.
+for _logger in map(logging.getLogger, ("torchao", "diffusers.quantizers.torchao", "torch.utils._pytree")):
+    if _logger.level == logging.NOTSET:
+        _logger.setLevel(logging.ERROR)
+
 # Loaded when first used: the engine brings torch and diffusers, which `reelbatch --help` must not wait for.
 _HOMES = {
     "Engine": ".engine.engine",
-    "HunyuanVideoTransformer3DModel": ".models.hunyuan_video",
+    "HunyuanVideoTransformer3DModel": ".models.hunyuan_video.transformer",
     "Video": ".video",
     "VideoRequest": ".request",
-    "repair": ".drop_in.repair",
-    "restore": ".drop_in.repair",
+    "repair": ".repair.repair",
+    "restore": ".repair.repair",
 }
 
 

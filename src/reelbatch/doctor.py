@@ -6,15 +6,12 @@ import os
 import platform
 import shutil
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, get_args
-
-import torch
 
 from reelbatch.attention import BACKENDS, Setting, choose, rule_names
 from reelbatch.attention.backends import Kind
-from reelbatch.engine.memory import device_memory_bytes
-from reelbatch.models.checkpoint import choose_device, choose_dtype
+from reelbatch.device import choose_device, device_memory_bytes, device_name
+from reelbatch.loading.precision import choose_dtype
 
 PACKAGES = ("reelbatch", "torch", "diffusers", "transformers", "accelerate", "peft", "av")
 WITH = {
@@ -23,23 +20,6 @@ WITH = {
     "dense": "a mask tensor",
     "rules": "rules",
 }
-
-
-def processor_name() -> str:
-    """The processor, as the system calls it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    found = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-    return found or platform.processor() or platform.machine()
-
-
-def device_name(device: torch.device | str) -> str:
-    """A device with what its speed depends on."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    capability = torch.backends.cpu.get_cpu_capability()
-    return f"{processor_name()}, {torch.get_num_threads()} threads, {capability}"
 
 
 def examine(device: str = "auto", dtype: str = "auto") -> dict[str, Any]:

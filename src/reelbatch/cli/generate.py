@@ -73,7 +73,8 @@ def generate(
     """
     from reelbatch.jobs.manifest import Manifest
     from reelbatch.jobs.prompts import make_requests
-    from reelbatch.models.checkpoint import inspect, resolve
+    from reelbatch.loading.hub import resolve
+    from reelbatch.loading.inspection import inspect
 
     options = context.params
     info = inspect(resolve(model))

@@ -131,7 +131,8 @@ def run(
     from reelbatch.jobs.manifest import Manifest
     from reelbatch.jobs.naming import vbench_problems
     from reelbatch.jobs.prompts import make_requests, named_after, only_those, read_entries, shuffled
-    from reelbatch.models.checkpoint import inspect, resolve
+    from reelbatch.loading.hub import resolve
+    from reelbatch.loading.inspection import inspect
 
     if add and as_new:
         raise ValueError("--add and --as-new were given; --add keeps what is there, --as-new does not: give one")
@@ -325,7 +326,7 @@ def _status_table(manifest: Manifest) -> Group:
     from rich.table import Table
     from rich.text import Text
 
-    from reelbatch.jobs.progress import duration
+    from reelbatch.wording import duration
 
     found = _status_record(manifest)
     table = Table("state", "videos", "", box=None, padding=(0, 2, 0, 0))
@@ -357,7 +358,7 @@ def _outlook(plan: Plan, out: Path, url: str | None) -> Outlook:
 
 
 def _show_outlook(found: Outlook, as_json: bool) -> None:
-    from reelbatch.jobs.progress import duration
+    from reelbatch.wording import duration
 
     if as_json:
         typer.echo(json.dumps(found.record()))

@@ -11,7 +11,7 @@ from rich.console import Console
 from reelbatch.cli.common import SOME_FAILED, app
 
 if TYPE_CHECKING:
-    from reelbatch.models.checkpoint import ModelInfo
+    from reelbatch.loading.inspection import ModelInfo
 
 
 @app.command()
@@ -22,7 +22,8 @@ def model_info(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Show what a model folder holds, what is wrong with it, and whether it can run here."""
-    from reelbatch.models.checkpoint import inspect, resolve
+    from reelbatch.loading.hub import resolve
+    from reelbatch.loading.inspection import inspect
 
     info = inspect(resolve(folder))
     if as_json:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from reelbatch.jobs.job import Job, Mode
     from reelbatch.jobs.manifest import Manifest
     from reelbatch.jobs.naming import Naming
-    from reelbatch.jobs.run import Outcome
-    from reelbatch.models.checkpoint import ModelInfo
+    from reelbatch.jobs.worker import Outcome
+    from reelbatch.loading.inspection import ModelInfo
     from reelbatch.request import VideoRequest
     from reelbatch.tune.profiles import Advice, Identity, Profile
 
@@ -89,7 +89,7 @@ class Plan:
         return [about.model_copy(update={"shapes": kind}) for kind in kinds]
 
     def open_engine(self) -> Engine:
-        from reelbatch.engine.memory import parse_bytes
+        from reelbatch.device import parse_bytes
 
         o = self.options
         engine = open_engine(
@@ -110,7 +110,7 @@ class Plan:
 
     def _correct_estimates(self, engine: Engine) -> None:
         """By what `plan --calibrate` measured here, if it did; with a line that says so."""
-        from reelbatch.models.precision import Precision
+        from reelbatch.loading.precision import Precision
         from reelbatch.tune.calibrate import find
 
         device = engine.components.device
@@ -122,7 +122,7 @@ class Plan:
     @property
     def loras(self) -> list[tuple[Path, float]]:
         """LoRA files and their scales."""
-        from reelbatch.models.lora import parse_lora
+        from reelbatch.loading.lora import parse_lora
 
         return [parse_lora(text) for text in self.options.get("lora") or []]
 
@@ -157,10 +157,10 @@ def make(
     Raises:
         JobChanged: if another job is in the folder, before anything is loaded.
     """
+    from reelbatch.jobs.display import display
     from reelbatch.jobs.job import open_job
-    from reelbatch.jobs.progress import display
     from reelbatch.jobs.report import write_report
-    from reelbatch.jobs.run import Run
+    from reelbatch.jobs.worker import Run
 
     settings = job_settings(plan, naming)
     notes = {"command": sys.argv[1:]}
@@ -200,11 +200,11 @@ def make(
 
 
 def job_settings(plan: Plan, naming: Naming) -> Any:
+    from reelbatch.device import choose_device
     from reelbatch.jobs.job import Settings
-    from reelbatch.models.checkpoint import choose_device
-    from reelbatch.models.lora import lora_label
-    from reelbatch.models.precision import Precision
-    from reelbatch.tune.profiles import weights_hash
+    from reelbatch.loading.hashing import weights_hash
+    from reelbatch.loading.lora import lora_label
+    from reelbatch.loading.precision import Precision
 
     device = choose_device(plan.options["device"])
     return Settings(

@@ -54,7 +54,7 @@ def plan(
 
     Nothing is downloaded, and without --calibrate nothing is loaded. The exit code is 1 for what does not fit.
     """
-    from reelbatch.engine.memory import parse_bytes
+    from reelbatch.device import parse_bytes
     from reelbatch.tune.plan import answer
 
     if calibrate:
@@ -84,7 +84,7 @@ def plan(
 def _show_plan(found: Answer) -> None:
     from rich.table import Table
 
-    from reelbatch.engine.memory import how_far_off
+    from reelbatch.memory.estimate import how_far_off
     from reelbatch.tune.plan import LARGEST_BATCH, PHASES
 
     setup, shape = found.setup, found.setup.shape

@@ -108,9 +108,9 @@ def convert_lora(
     quiet_libraries()
     import torch
 
-    from reelbatch.models.checkpoint import resolve
-    from reelbatch.models.hunyuan_video import HunyuanVideoTransformer3DModel
-    from reelbatch.models.lora import convert_file
+    from reelbatch.loading.hub import resolve
+    from reelbatch.loading.lora import convert_file
+    from reelbatch.models.hunyuan_video.transformer import HunyuanVideoTransformer3DModel
 
     folder = resolve(model)
     with torch.device("meta"):  # the shapes of its layers are enough

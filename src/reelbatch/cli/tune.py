@@ -27,7 +27,7 @@ from reelbatch.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from reelbatch.models.checkpoint import ModelInfo
+    from reelbatch.loading.inspection import ModelInfo
     from reelbatch.tune.workload import Workload
 
 
@@ -112,7 +112,7 @@ def tune(
     isolation unless packed is more than 10 % faster. `generate` then takes it when --batch-size is not given.
     Other programs on the machine make the figures worse: measure when it is quiet. Ctrl-C keeps what was measured.
     """
-    from reelbatch.engine.memory import parse_bytes
+    from reelbatch.device import parse_bytes
     from reelbatch.tune import report as tune_report
     from reelbatch.tune import run as tune_run
     from reelbatch.tune.choose import Limits
@@ -175,7 +175,8 @@ def _workloads(
 ) -> tuple[ModelInfo, list[Workload]]:
     """The model, and what is to be measured with it."""
     from reelbatch.jobs.prompts import make_requests, read_entries
-    from reelbatch.models.checkpoint import inspect, resolve
+    from reelbatch.loading.hub import resolve
+    from reelbatch.loading.inspection import inspect
     from reelbatch.tune import workload
 
     if prompt_file is not None and shape:
@@ -198,6 +199,7 @@ def _show_profiles(as_json: bool) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
+    from reelbatch.device import cache_folder
     from reelbatch.tune import profiles
 
     stored = profiles.stored()
@@ -211,7 +213,7 @@ def _show_profiles(as_json: bool) -> None:
         typer.echo(json.dumps(known))
         return
     if not stored:
-        say(f"no profile is stored in {profiles.cache_folder()}: `reelbatch tune` makes one")
+        say(f"no profile is stored in {cache_folder()}: `reelbatch tune` makes one")
         return
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for column in ("model", "shapes", "dtype", "batch", "isolation", "videos/h", "measured"):
@@ -228,4 +230,4 @@ def _show_profiles(as_json: bool) -> None:
         rate = f"{found.videos_per_hour:,.0f}" if found.videos_per_hour >= 100 else f"{found.videos_per_hour:.2f}"
         table.add_row(*row, rate, str(found.measured), profiles.stale_in_short(found) or "usable")
     Console().print(table)
-    say(f"kept in {profiles.cache_folder()}; a file that is deleted there is forgotten")
+    say(f"kept in {cache_folder()}; a file that is deleted there is forgotten")

@@ -16,7 +16,7 @@ from diffusers import HunyuanVideoPipeline
 from reelbatch.demo import shapes
 from reelbatch.engine.engine import Engine
 from reelbatch.engine.planner import Isolation
-from reelbatch.models.checkpoint import DEMO_FOLDER
+from reelbatch.loading.hub import DEMO_FOLDER
 from reelbatch.request import VideoRequest
 
 Draw = Callable[[Sequence[VideoRequest]], list[shapes.Clip]]

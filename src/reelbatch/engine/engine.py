@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cache, partial
-from importlib.metadata import version
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
@@ -17,19 +16,21 @@ from typing import Any, Literal, TypeVar, cast
 import torch
 from torch import Tensor
 
-from reelbatch import __version__
 from reelbatch.attention import AUTO, Setting, choose, rule_named
+from reelbatch.device import OutOfMemory, device_memory_bytes, free_memory, gibibytes, held_bytes, is_out_of_memory, log
 from reelbatch.engine import flow
-from reelbatch.engine.memory import Offload, device_memory_bytes, held_bytes, step_peak_bytes
 from reelbatch.engine.planner import Isolation, Planner
-from reelbatch.engine.recovery import OutOfMemory, free_memory, gibibytes, is_out_of_memory, log
 from reelbatch.engine.sample import Sample, SavedState, draw_noise
-from reelbatch.models.checkpoint import Components, load, resolve
-from reelbatch.models.hunyuan_video import BranchShape
-from reelbatch.models.precision import Precision
-from reelbatch.models.text import Conditioning
-from reelbatch.models.vae import VideoDecoder
+from reelbatch.loading.hub import resolve
+from reelbatch.loading.load import Components, load
+from reelbatch.loading.precision import Precision
+from reelbatch.memory.estimate import step_peak_bytes
+from reelbatch.memory.placement import Offload
+from reelbatch.models.hunyuan_video.text import Conditioning
+from reelbatch.models.hunyuan_video.vae import VideoDecoder
+from reelbatch.models.layers import BranchShape
 from reelbatch.request import ModelLimits, VideoRequest
+from reelbatch.versions import versions
 from reelbatch.video import Video
 
 Result = TypeVar("Result")
@@ -623,12 +624,6 @@ class Engine:
 def _all_finite(tensors: list[Tensor]) -> list[bool]:
     """Whether each tensor holds numbers only; one wait for the device, whatever the number of tensors."""
     return torch.stack([tensor.isfinite().all() for tensor in tensors]).tolist() if tensors else []
-
-
-@cache
-def versions() -> dict[str, str]:
-    """Of what a video depends on. Kept, as finding one takes a millisecond."""
-    return {"reelbatch": __version__} | {name: version(name) for name in ("torch", "diffusers", "transformers")}
 
 
 def _not_finite(sample: Sample) -> ArithmeticError:

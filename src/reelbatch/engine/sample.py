@@ -11,8 +11,8 @@ from torch import Tensor
 from reelbatch.attention import HeadRules
 from reelbatch.engine.flow import Schedule
 from reelbatch.models.branch import Branch
-from reelbatch.models.hunyuan_video import BranchShape
-from reelbatch.models.text import Conditioning
+from reelbatch.models.hunyuan_video.text import Conditioning
+from reelbatch.models.layers import BranchShape
 from reelbatch.request import VideoRequest
 
 

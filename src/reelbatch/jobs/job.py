@@ -11,9 +11,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from reelbatch.jobs.display import work
 from reelbatch.jobs.manifest import OPEN, JobRow, Manifest, State, VideoRow
 from reelbatch.jobs.naming import Naming, name_all
-from reelbatch.jobs.progress import work
 from reelbatch.jobs.verify import make_again
 from reelbatch.request import MAX_ID_LENGTH, NAMES_ONLY, VideoRequest
 

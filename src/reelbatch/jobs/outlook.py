@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from reelbatch.jobs.display import work
 from reelbatch.jobs.manifest import OPEN, State, VideoRow
-from reelbatch.jobs.progress import work
 from reelbatch.request import VideoRequest
 
 if TYPE_CHECKING:

@@ -25,8 +25,8 @@ from typing import Any
 from urllib.parse import quote
 
 from reelbatch.jobs.manifest import JobRow, State, VideoRow
-from reelbatch.jobs.progress import duration, shorten
 from reelbatch.video import aside
+from reelbatch.wording import duration, shorten
 
 FILE = "report.html"
 PHASES = ("text", "denoise", "decode", "write")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reelbatch.jobs.manifest import Manifest, State, VideoRow
-from reelbatch.jobs.run import is_damaged
+from reelbatch.jobs.worker import is_damaged
 from reelbatch.video import sidecar
 
 DAMAGED = "damaged"

@@ -1,3 +1,1 @@
-"""Networks, and how they are opened."""
-
-from reelbatch.models import precision as _first  # noqa: F401  # before anything of Diffusers: it imports torchao quietly
+"""Networks: what they share, and a room for each model of the family."""

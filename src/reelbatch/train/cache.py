@@ -22,9 +22,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from reelbatch.models.checkpoint import Components
-from reelbatch.models.text import Conditioning
-from reelbatch.models.vae import SingleSampleConv3d
+from reelbatch.loading.load import Components
+from reelbatch.models.hunyuan_video.text import Conditioning
+from reelbatch.models.hunyuan_video.vae import SingleSampleConv3d
 from reelbatch.train.data import Clip, ClipRules, read_clip
 
 FORMAT = "1"

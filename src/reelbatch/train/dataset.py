@@ -12,12 +12,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from reelbatch.jobs.progress import duration
-from reelbatch.models.checkpoint import Components
+from reelbatch.loading.load import Components
 from reelbatch.train.batches import generator_of
 from reelbatch.train.cache import Encoded, EncodedClips
 from reelbatch.train.config import TrainConfig
 from reelbatch.train.data import BrokenClip, Clip, ClipRules, DataError, find_clips
+from reelbatch.wording import duration
 
 TELL_EVERY_SECONDS = 10.0
 """How often encoding says how far it is."""
@@ -145,6 +145,6 @@ def _tell(config: TrainConfig, dataset: Dataset, tell: Callable[[str], None]) ->
 
 
 def _cache_folder() -> Path:
-    from reelbatch.tune.profiles import cache_folder
+    from reelbatch.device import cache_folder
 
     return cache_folder() / "encoded"

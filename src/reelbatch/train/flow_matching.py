@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import reelbatch.models  # noqa: F401  # isort: skip  # before anything of Diffusers: it imports torchao quietly
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reelbatch.models.branch import Branch
-from reelbatch.models.text import Conditioning
+from reelbatch.models.hunyuan_video.text import Conditioning
 
 TIMESTEPS = 1000.0
 """What the network is told is sigma times this."""

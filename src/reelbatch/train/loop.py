@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import reelbatch.models  # noqa: F401  # isort: skip  # before anything of Diffusers: it imports torchao quietly
-
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,19 +17,20 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from reelbatch.models.checkpoint import Components, load, resolve
-from reelbatch.models.precision import Precision
+from reelbatch.loading.hub import resolve
+from reelbatch.loading.load import Components, load
+from reelbatch.loading.precision import Precision
 from reelbatch.train.batches import packs_of_step, share_of
 from reelbatch.train.checkpoints import CheckpointError, Checkpoints, Position, read_position
 from reelbatch.train.config import TrainConfig
 from reelbatch.train.dataset import make_dataset
 from reelbatch.train.devices import forget_precision, is_sharded, make_accelerator
+from reelbatch.train.export import write_trained
 from reelbatch.train.flow_matching import Example, flow_matching_loss
 from reelbatch.train.method import prepare_network, trainable
 from reelbatch.train.optimizers import make_optimizer, make_schedule, set_anew
 from reelbatch.train.report import Metrics, Outcome, Tally, line
 from reelbatch.train.samples import VALIDATION_LEVELS, Drawn, Samples
-from reelbatch.train.written import write_trained
 
 WEIGHTS_FILE = "trained.safetensors"
 

@@ -12,7 +12,7 @@ from torch import nn
 from reelbatch.train.config import ConfigError, TrainConfig
 
 if TYPE_CHECKING:
-    from reelbatch.models.hunyuan_video import HunyuanVideoTransformer3DModel
+    from reelbatch.models.hunyuan_video.transformer import HunyuanVideoTransformer3DModel
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 GROUPS: dict[str, tuple[str, ...]] = {

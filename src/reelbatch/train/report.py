@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from reelbatch.jobs.progress import duration
+from reelbatch.wording import duration
 
 COLUMNS = (
     "step",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reelbatch.models.checkpoint import Components
+from reelbatch.loading.load import Components
 from reelbatch.train.batches import Order, fill, generator_of
 from reelbatch.train.cache import Encoded
 from reelbatch.train.config import TrainConfig

@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from reelbatch.engine.memory import Network, Plan, VideoShape, held_bytes, plan, runtime_bytes, trim_heap
-from reelbatch.models.checkpoint import DEMO_FOLDER, choose_device
-from reelbatch.models.precision import Precision
+from reelbatch.device import cache_folder, choose_device, held_bytes, trim_heap
+from reelbatch.loading.hub import DEMO_FOLDER
+from reelbatch.loading.precision import Precision
+from reelbatch.memory.estimate import Network, Plan, VideoShape, plan, runtime_bytes
 from reelbatch.request import ModelLimits, VideoRequest
 from reelbatch.tune.gauges import memory_of
-from reelbatch.tune.profiles import Identity, cache_folder, identity
+from reelbatch.tune.profiles import Identity, identity
 
 if TYPE_CHECKING:
     from reelbatch.engine.engine import Engine

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.status import Status
 from rich.text import Text
 
-from reelbatch.jobs.progress import duration
 from reelbatch.tune.sweep import News
+from reelbatch.wording import duration
 
 
 class Display:

@@ -14,7 +14,7 @@ import psutil
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from reelbatch.engine.memory import device_memory_bytes, trim_heap
+from reelbatch.device import device_memory_bytes, trim_heap
 
 SPARE = 0.95
 """The share of the free memory that measuring may take."""

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from reelbatch.device import is_out_of_memory
 from reelbatch.engine.engine import Engine, Failure, Progress
 from reelbatch.engine.planner import Isolation
-from reelbatch.engine.recovery import is_out_of_memory
-from reelbatch.models.checkpoint import Components
+from reelbatch.loading.load import Components
 from reelbatch.request import VideoRequest
 from reelbatch.tune.gauges import Memory, tidy
 from reelbatch.tune.quality import Quality

@@ -6,12 +6,12 @@ import re
 from collections.abc import Sequence
 from html import escape as escape_html
 
-from reelbatch.jobs.progress import duration
 from reelbatch.tune import report as report_room
 from reelbatch.tune.charts import CHARTS
 from reelbatch.tune.measure import Point
 from reelbatch.tune.report import Report
 from reelbatch.tune.sweep import Swept
+from reelbatch.wording import duration
 
 CSS = """
 :root { color-scheme: light; --ink: #111827; --soft: #4b5563; --line: #e5e7eb; --good: #ecfdf5; --edge: #059669; }

@@ -10,21 +10,13 @@ from typing import Any
 
 import torch
 
-from reelbatch.engine.memory import (
-    Network,
-    Offload,
-    Phase,
-    Plan,
-    VideoShape,
-    device_memory_bytes,
-    held_bytes,
-    how_far_off,
-    plan,
-)
+from reelbatch.device import choose_device, device_memory_bytes, gibibytes, held_bytes
 from reelbatch.engine.planner import Isolation
-from reelbatch.engine.recovery import gibibytes
-from reelbatch.models.checkpoint import DEMO_FOLDER, REAL_MODEL, choose_device, inspect
-from reelbatch.models.precision import Precision
+from reelbatch.loading.hub import DEMO_FOLDER, REAL_MODEL
+from reelbatch.loading.inspection import inspect
+from reelbatch.loading.precision import Precision
+from reelbatch.memory.estimate import Network, Phase, Plan, VideoShape, how_far_off, plan
+from reelbatch.memory.placement import Offload
 from reelbatch.request import ModelLimits
 from reelbatch.tune.calibrate import Calibration, find
 

@@ -15,18 +15,14 @@ from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 import torch
-from platformdirs import user_cache_path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from reelbatch.doctor import device_name
-from reelbatch.engine.engine import versions
-from reelbatch.engine.memory import Offload
+from reelbatch.device import cache_folder, choose_device, device_name
 from reelbatch.engine.planner import Isolation
-from reelbatch.models.checkpoint import CLASSES, choose_device
-from reelbatch.models.precision import Precision
-
-PIECES, PIECE_BYTES = 16, 2**16
-"""Of each weight file, so many pieces of so many bytes are read for its hash: whole files would take minutes."""
+from reelbatch.loading.hashing import weights_hash
+from reelbatch.loading.precision import Precision
+from reelbatch.memory.placement import Offload
+from reelbatch.versions import versions
 
 
 class Identity(BaseModel):
@@ -105,12 +101,6 @@ class Found(NamedTuple):
     refused: str | None = None
 
 
-def cache_folder() -> Path:
-    """REELBATCH_CACHE, or `reelbatch` in the user's cache directory."""
-    given = os.environ.get("REELBATCH_CACHE")
-    return Path(given).expanduser() if given else user_cache_path("reelbatch", appauthor=False)
-
-
 def identity(
     folder: Path,
     model: str,
@@ -135,26 +125,6 @@ def identity(
 
 def _described(device: torch.device) -> str:
     return f"{device.type}: {device_name(device)}"
-
-
-def weights_hash(folder: Path) -> str:
-    """SHA-256 over all configurations, and over the names, sizes, first and evenly spread bytes of the weight files.
-
-    Other weights of the same shape differ almost everywhere, so the pieces tell them apart.
-    """
-    digest = hashlib.sha256()
-    for component in sorted(CLASSES):
-        for file in sorted((folder / component).glob("*")):
-            if file.suffix == ".safetensors":
-                size = file.stat().st_size
-                digest.update(f"{component}/{file.name}:{size}".encode())
-                with file.open("rb") as stream:
-                    for piece in range(PIECES):
-                        stream.seek(piece * max(size - PIECE_BYTES, 0) // (PIECES - 1))
-                        digest.update(stream.read(PIECE_BYTES))
-            elif file.name.endswith("config.json"):
-                digest.update(file.read_bytes())
-    return digest.hexdigest()
 
 
 def store(profile: Profile) -> Path:

@@ -10,11 +10,13 @@ from datetime import date, datetime
 
 import torch
 
-from reelbatch.engine.memory import Network, Offload, VideoShape, device_memory_bytes, held_bytes, plan
-from reelbatch.engine.offload import check_offload, offloads
-from reelbatch.engine.recovery import gibibytes
-from reelbatch.models.checkpoint import Components, ModelFolderError, ModelInfo, choose_device, load
-from reelbatch.models.precision import Precision
+from reelbatch.device import choose_device, device_memory_bytes, gibibytes, held_bytes
+from reelbatch.loading.hub import ModelFolderError
+from reelbatch.loading.inspection import ModelInfo
+from reelbatch.loading.load import Components, load
+from reelbatch.loading.precision import Precision
+from reelbatch.memory.estimate import Network, VideoShape, plan
+from reelbatch.memory.placement import Offload, check_offload, offloads
 from reelbatch.tune import profiles
 from reelbatch.tune.choose import NO_LIMITS, Limits
 from reelbatch.tune.gauges import Others, tidy

@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from reelbatch.engine.memory import Offload
 from reelbatch.engine.planner import Isolation
-from reelbatch.models.checkpoint import Components
+from reelbatch.loading.load import Components
+from reelbatch.memory.placement import Offload
 from reelbatch.request import VideoRequest
 from reelbatch.tune.choose import NO_LIMITS, Choice, Limits, choose
 from reelbatch.tune.gauges import counting, energy_meter, matrix_rate, memory_of, tidy, weight_bytes

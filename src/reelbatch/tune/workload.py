@@ -9,7 +9,8 @@ from typing import Any, cast
 
 from reelbatch.demo import evaluate
 from reelbatch.demo.shapes import Scene
-from reelbatch.models.checkpoint import DEMO_FOLDER, ModelInfo
+from reelbatch.loading.hub import DEMO_FOLDER
+from reelbatch.loading.inspection import ModelInfo
 from reelbatch.request import VideoRequest
 
 MIX = 8

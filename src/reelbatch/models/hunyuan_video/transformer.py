@@ -10,52 +10,44 @@ the text tokens that do not exist are not computed.
     text ─── refiner ───┘   (own weights each)  └─ text ─┘   (one set of weights)
     timestep, guidance, pooled text ── one vector a sample ── shift, scale and gate of every block
 
-A *pack* is the samples whose rows go through one matrix product. A block receives all packs of a step and loops inside,
-so its weights are fetched once a step, however the samples are packed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
-from diffusers.models.attention import FeedForward
 from diffusers.models.cache_utils import CacheMixin
-from diffusers.models.embeddings import (
-    CombinedTimestepTextProjEmbeddings,
-    PixArtAlphaTextProjection,
-    TimestepEmbedding,
-    Timesteps,
-    get_1d_rotary_pos_embed,
-)
+from diffusers.models.embeddings import PixArtAlphaTextProjection, TimestepEmbedding, Timesteps
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import apply_lora_scale
-from jaxtyping import Complex, Float, Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from reelbatch import ragged
-from reelbatch.attention import (
-    AUTO,
-    HeadRules,
-    Mask,
-    Sizes,
-    check_backend,
-    compile_rules,
-    per_sample,
-    ragged_attention,
-)
+from reelbatch.attention import AUTO, HeadRules, Mask, Sizes, check_backend, compile_rules, per_sample
 from reelbatch.models.branch import Branch
-from reelbatch.models.padded import branches_of
-from reelbatch.ragged import Lengths
-
-NORM_EPS = 1e-6
+from reelbatch.models.hunyuan_video.padded import branches_of
+from reelbatch.models.layers import (
+    Attending,
+    BranchShape,
+    DualStreamBlock,
+    JointAttention,
+    Layout,
+    Modulation,
+    PatchEmbed,
+    TokenRefiner,
+    TwoStreams,
+    gated_residual,
+    make_layout,
+    modulated_norm,
+)
 
 DIFFUSERS_BACKENDS = {
     "native": AUTO,
@@ -68,64 +60,6 @@ DIFFUSERS_BACKENDS = {
 """Diffusers' names of attention backends, in ours."""
 
 
-# --------------------------------------------------------------------------------------------------
-# What goes through the network
-
-
-class BranchShape(NamedTuple):
-    """Patches along each axis, and text tokens."""
-
-    frames: int
-    height: int
-    width: int
-    text: int
-
-    @property
-    def video(self) -> int:
-        return self.frames * self.height * self.width
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where the branches of a pack lie, and the rotary tables of their video rows."""
-
-    video: Lengths
-    text: Lengths
-    rope: tuple[Complex[Tensor, "video 1 half_head_dim"], ...]
-    joint: Lengths
-    video_parts: Lengths
-    """Video rows that share a modulation, one after the other: of a branch, or of its first frame and of its rest."""
-    joint_parts: Lengths
-
-
-@dataclass(frozen=True)
-class Attending:
-    """How the branches of a pack attend: the mask of each, made ready once for all layers, and the backend."""
-
-    masks: tuple[Mask, ...] | None = None
-    backend: str = AUTO
-
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, lengths: Lengths) -> Tensor:
-        return ragged_attention(query, key, value, lengths, self.masks, self.backend)
-
-
-@dataclass(frozen=True)
-class TwoStreams:
-    """A pack in the dual-stream blocks: video rows `[v1 v2 …]` and text rows `[t1 t2 …]`."""
-
-    video: Float[Tensor, "video_tokens dim"]
-    text: Float[Tensor, "text_tokens dim"]
-    condition: Float[Tensor, "branches dim"]
-    part_condition: Float[Tensor, "parts dim"]
-    """Of the rows that share a modulation (`Layout.video_parts`); `condition` itself where a branch has but one."""
-    layout: Layout
-    attend: Attending = Attending()
-
-    def join(self) -> OneStream:
-        tokens = ragged.interleave(self.video, self.layout.video, self.text, self.layout.text)
-        return OneStream(tokens, self.condition, self.part_condition, self.layout, self.attend)
-
-
 @dataclass(frozen=True)
 class OneStream:
     """A pack in the single-stream blocks: `[v1 t1 v2 t2 …]`."""
@@ -134,118 +68,15 @@ class OneStream:
     condition: Float[Tensor, "branches dim"]
     part_condition: Float[Tensor, "parts dim"]
     layout: Layout
-    attend: Attending = Attending()
+    attend: Attending
+
+    @classmethod
+    def of(cls, pack: TwoStreams) -> OneStream:
+        tokens = ragged.interleave(pack.video, pack.layout.video, pack.text, pack.layout.text)
+        return cls(tokens, pack.condition, pack.part_condition, pack.layout, pack.attend)
 
     def video(self) -> Float[Tensor, "video_tokens dim"]:
         return ragged.separate(self.tokens, self.layout.video, self.layout.text)[0]
-
-
-# --------------------------------------------------------------------------------------------------
-# Modulation and rotary embedding
-
-
-class Modulation(nn.Module):
-    """AdaLN modulation: the linear that turns a sample's condition into shifts, scales and gates (DiT, section 3.2)."""
-
-    def __init__(self, dim: int, vectors: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(dim, vectors * dim)
-
-    def forward(self, condition: Float[Tensor, "branches dim"]) -> tuple[Tensor, ...]:
-        return self.linear(condition).split(condition.shape[-1], dim=-1)
-
-
-def modulated_norm(rows: Tensor, lengths: Lengths, shift: Tensor, scale: Tensor) -> Tensor:
-    """`LayerNorm(rows) * (1 + scale) + shift`, the sample's scale and shift serving as the norm's own affine."""
-
-    def norm(part: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return F.layer_norm(part, part.shape[-1:], weight, bias, NORM_EPS)
-
-    return ragged.map_samples(norm, rows, lengths, 1 + scale, shift)
-
-
-def gated_residual(rows: Tensor, lengths: Lengths, gate: Tensor, update: Tensor) -> Tensor:
-    """`rows + gate * update`, with one gate a sample."""
-    updates = iter(ragged.split(update, lengths))
-    return ragged.map_samples(lambda part, g: torch.addcmul(part, g, next(updates)), rows, lengths, gate)
-
-
-def rotate_video_(rows: Float[Tensor, "tokens heads head_dim"], starts: Lengths, layout: Layout) -> Tensor:
-    """Rotary embedding of the video rows, in place where the dtype allows; text rows stay as they are.
-
-    As the reference, it is computed in fp32 for half-precision rows.
-
-    Args:
-        rows: queries or keys, fresh from their norm.
-        starts: the row at which each branch's video begins.
-    """
-    wide = rows.float() if rows.dtype in (torch.bfloat16, torch.float16) else rows
-    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
-    for start, length, table in zip(starts, layout.video, layout.rope, strict=True):
-        pairs.narrow(0, start, length).mul_(table)
-    return wide.to(rows.dtype)
-
-
-def _starts(lengths: Lengths) -> Lengths:
-    return tuple(sum(lengths[:i]) for i in range(len(lengths)))
-
-
-@lru_cache(maxsize=16)
-def rotary_table(
-    grid: tuple[int, int, int], axes_dim: tuple[int, int, int], theta: float, device: torch.device
-) -> Complex[Tensor, "video 1 half_head_dim"]:
-    """Rotary factors of a grid of patches along frame, row and column (HunyuanVideo, section 4.2).
-
-    Args:
-        grid: patches along each axis.
-        axes_dim: channels of a head given to each axis.
-        theta: base of the frequencies.
-    """
-    with torch.inference_mode(False):  # what is kept serves training too
-        axes = [torch.arange(size, device=device, dtype=torch.float32) for size in grid]
-        positions = torch.meshgrid(*axes, indexing="ij")
-        tables = [
-            get_1d_rotary_pos_embed(dim, position.flatten(), theta)
-            for dim, position in zip(axes_dim, positions, strict=True)
-        ]
-        return torch.cat(tables, dim=1).unsqueeze(1)
-
-
-@lru_cache(maxsize=256)
-def make_layout(
-    shapes: tuple[BranchShape, ...],
-    axes_dim: tuple[int, int, int],
-    theta: float,
-    device: torch.device,
-    first_frame_apart: bool = False,
-) -> Layout:
-    """The layout of a pack of these shapes; made once, it serves every layer of every step."""
-
-    def parts(lengths: Lengths) -> Lengths:
-        if not first_frame_apart:
-            return lengths
-        firsts = [shape.height * shape.width for shape in shapes]
-        return tuple(part for first, n in zip(firsts, lengths, strict=True) for part in (first, n - first))
-
-    video, text = tuple(shape.video for shape in shapes), tuple(shape.text for shape in shapes)
-    joint = tuple(v + t for v, t in zip(video, text, strict=True))
-    rope = tuple(rotary_table(shape[:3], axes_dim, theta, device) for shape in shapes)
-    return Layout(video, text, rope, joint, parts(video), parts(joint))
-
-
-# --------------------------------------------------------------------------------------------------
-# Embedders
-
-
-class PatchEmbed(nn.Module):
-    """Latents to rows, by a convolution whose stride is its kernel."""
-
-    def __init__(self, patch: tuple[int, int, int], in_channels: int, dim: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv3d(in_channels, dim, kernel_size=patch, stride=patch)
-
-    def forward(self, latents: Sequence[Float[Tensor, "channels frames height width"]]) -> Float[Tensor, "video dim"]:
-        return ragged.join([self.proj(sample.unsqueeze(0))[0].flatten(1).t() for sample in latents]).contiguous()
 
 
 class ConditionEmbedding(nn.Module):
@@ -273,173 +104,6 @@ class ConditionEmbedding(nn.Module):
         """Of a first frame that is given, not denoised: its timestep is 0."""
         timestep = torch.zeros(len(pooled), device=pooled.device)
         return self.timestep_embedder(self.time_proj(timestep).to(pooled.dtype)) + self.text_embedder(pooled)
-
-
-class Projections(nn.Module):
-    """Queries, keys and values of a sequence."""
-
-    def __init__(self, heads: int, head_dim: int) -> None:
-        super().__init__()
-        dim = heads * head_dim
-        self.heads = heads
-        self.to_q = nn.Linear(dim, dim)
-        self.to_k = nn.Linear(dim, dim)
-        self.to_v = nn.Linear(dim, dim)
-
-    def _heads(self, rows: Float[Tensor, "tokens dim"]) -> Float[Tensor, "tokens heads head_dim"]:
-        return rows.unflatten(-1, (self.heads, -1))
-
-
-class RefinerAttention(Projections):
-    """Self-attention of a text over its own tokens."""
-
-    def __init__(self, heads: int, head_dim: int) -> None:
-        super().__init__(heads, head_dim)
-        dim = heads * head_dim
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
-
-    def forward(self, rows: Float[Tensor, "tokens dim"], lengths: Lengths) -> Float[Tensor, "tokens dim"]:
-        query, key, value = (self._heads(to(rows)) for to in (self.to_q, self.to_k, self.to_v))
-        return self.to_out[0](ragged_attention(query, key, value, lengths))
-
-
-class RefinerBlock(nn.Module):
-    def __init__(self, heads: int, head_dim: int, mlp_ratio: float) -> None:
-        super().__init__()
-        dim = heads * head_dim
-        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.attn = RefinerAttention(heads, head_dim)
-        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.ff = FeedForward(dim, mult=mlp_ratio, activation_fn="linear-silu")
-        self.norm_out = Modulation(dim, 2)
-
-    def forward(self, rows: Tensor, lengths: Lengths, condition: Tensor) -> Tensor:
-        gate_msa, gate_mlp = self.norm_out(condition)
-        rows = gated_residual(rows, lengths, gate_msa, self.attn(self.norm1(rows), lengths))
-        return gated_residual(rows, lengths, gate_mlp, self.ff(self.norm2(rows)))
-
-
-class Refiner(nn.Module):
-    def __init__(self, heads: int, head_dim: int, layers: int, mlp_ratio: float) -> None:
-        super().__init__()
-        self.refiner_blocks = nn.ModuleList([RefinerBlock(heads, head_dim, mlp_ratio) for _ in range(layers)])
-
-    def forward(self, rows: Tensor, lengths: Lengths, condition: Tensor) -> Tensor:
-        for block in self.refiner_blocks:
-            rows = block(rows, lengths, condition)
-        return rows
-
-
-class TokenRefiner(nn.Module):
-    """Bidirectional refinement of the causal Llama states (HunyuanVideo, section 4.3).
-
-    Its condition is the timestep plus the mean over the text's own tokens, hence it runs at every step.
-    """
-
-    def __init__(self, text_dim: int, heads: int, head_dim: int, layers: int, mlp_ratio: float = 4.0) -> None:
-        super().__init__()
-        dim = heads * head_dim
-        self.time_text_embed = CombinedTimestepTextProjEmbeddings(embedding_dim=dim, pooled_projection_dim=text_dim)
-        self.proj_in = nn.Linear(text_dim, dim)
-        self.token_refiner = Refiner(heads, head_dim, layers, mlp_ratio)
-
-    def forward(
-        self, text: Sequence[Float[Tensor, "tokens text_dim"]], timestep: Float[Tensor, " branches"]
-    ) -> Float[Tensor, "text_tokens dim"]:
-        lengths = tuple(len(states) for states in text)
-        # a text of no tokens has the mean zero, not 0/0; the mean is taken in fp32, as in the reference
-        means = [states.float().sum(0) / max(len(states), 1) for states in text]
-        condition = self.time_text_embed(timestep, torch.stack(means).to(text[0].dtype))
-        return self.token_refiner(self.proj_in(ragged.join(text)), lengths, F.silu(condition))
-
-
-# --------------------------------------------------------------------------------------------------
-# Blocks
-
-
-class JointAttention(Projections):
-    """The projections of a block's joint attention. `added` gives text its own, as the dual-stream blocks have."""
-
-    def __init__(self, heads: int, head_dim: int, added: bool) -> None:
-        super().__init__(heads, head_dim)
-        dim = heads * head_dim
-        self.norm_q = nn.RMSNorm(head_dim, eps=NORM_EPS)
-        self.norm_k = nn.RMSNorm(head_dim, eps=NORM_EPS)
-        if added:
-            # in the reference's order, so that a seed makes the same random weights
-            self.add_k_proj = nn.Linear(dim, dim)
-            self.add_v_proj = nn.Linear(dim, dim)
-            self.add_q_proj = nn.Linear(dim, dim)
-            self.norm_added_q = nn.RMSNorm(head_dim, eps=NORM_EPS)
-            self.norm_added_k = nn.RMSNorm(head_dim, eps=NORM_EPS)
-            self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
-            self.to_add_out = nn.Linear(dim, dim)
-
-    def two_streams(self, video: Tensor, text: Tensor, layout: Layout, attend: Attending) -> tuple[Tensor, Tensor]:
-        """Video and text attend together, each projected by its own weights."""
-        starts = _starts(layout.video)
-        query = rotate_video_(self.norm_q(self._heads(self.to_q(video))), starts, layout)
-        key = rotate_video_(self.norm_k(self._heads(self.to_k(video))), starts, layout)
-        value = self._heads(self.to_v(video))
-
-        text_query = self.norm_added_q(self._heads(self.add_q_proj(text)))
-        text_key = self.norm_added_k(self._heads(self.add_k_proj(text)))
-        text_value = self._heads(self.add_v_proj(text))
-
-        query, key, value = (
-            ragged.interleave(video_rows, layout.video, text_rows, layout.text)
-            for video_rows, text_rows in ((query, text_query), (key, text_key), (value, text_value))
-        )
-        attended = attend(query, key, value, layout.joint)
-        video, text = ragged.separate(attended, layout.video, layout.text)
-        return self.to_out[0](video), self.to_add_out(text)
-
-    def one_stream(self, tokens: Tensor, layout: Layout, attend: Attending) -> Tensor:
-        """The joint sequence attends to itself; the output projection is the block's own."""
-        starts = _starts(layout.joint)
-        query = rotate_video_(self.norm_q(self._heads(self.to_q(tokens))), starts, layout)
-        key = rotate_video_(self.norm_k(self._heads(self.to_k(tokens))), starts, layout)
-        return attend(query, key, self._heads(self.to_v(tokens)), layout.joint)
-
-
-class DualStreamBlock(nn.Module):
-    """Video and text keep their own weights and meet in the attention (HunyuanVideo, figure 8, left)."""
-
-    def __init__(self, heads: int, head_dim: int, mlp_ratio: float) -> None:
-        super().__init__()
-        dim = heads * head_dim
-        self.norm1 = Modulation(dim, 6)
-        self.norm1_context = Modulation(dim, 6)
-        self.attn = JointAttention(heads, head_dim, added=True)
-        self.ff = FeedForward(dim, mult=mlp_ratio, activation_fn="gelu-approximate")
-        self.ff_context = FeedForward(dim, mult=mlp_ratio, activation_fn="gelu-approximate")
-
-    def forward(self, packs: list[TwoStreams]) -> list[TwoStreams]:
-        return [self._pack(pack) for pack in packs]
-
-    def _pack(self, pack: TwoStreams) -> TwoStreams:
-        video, text, layout = pack.video, pack.text, pack.layout
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.norm1(pack.part_condition)
-        c_shift_msa, c_scale_msa, c_gate_msa, c_shift_mlp, c_scale_mlp, c_gate_mlp = self.norm1_context(pack.condition)
-
-        # 1. Joint attention
-        video_update, text_update = self.attn.two_streams(
-            modulated_norm(video, layout.video_parts, shift_msa, scale_msa),
-            modulated_norm(text, layout.text, c_shift_msa, c_scale_msa),
-            layout,
-            pack.attend,
-        )
-        video = gated_residual(video, layout.video_parts, gate_msa, video_update)
-        text = gated_residual(text, layout.text, c_gate_msa, text_update)
-
-        # 2. Feed-forward
-        video_update = self.ff(modulated_norm(video, layout.video_parts, shift_mlp, scale_mlp))
-        text_update = self.ff_context(modulated_norm(text, layout.text, c_shift_mlp, c_scale_mlp))
-        return replace(
-            pack,
-            video=gated_residual(video, layout.video_parts, gate_mlp, video_update),
-            text=gated_residual(text, layout.text, c_gate_mlp, text_update),
-        )
 
 
 class SingleStreamBlock(nn.Module):
@@ -627,7 +291,7 @@ class HunyuanVideoTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
         streams = [self._embed(pack, tuple(shape)) for pack, shape in zip(packs, shapes, strict=True)]
         for block in self.transformer_blocks:
             streams = self._run(block, streams)
-        joined = [stream.join() for stream in streams]
+        joined = [OneStream.of(stream) for stream in streams]
         del streams  # else they would stay through all that follows
         for block in self.single_transformer_blocks:
             joined = self._run(block, joined)

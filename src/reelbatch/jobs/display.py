@@ -12,9 +12,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from reelbatch.engine import engine as engine_room
 from reelbatch.request import VideoRequest
+from reelbatch.wording import duration, shorten
 
 if TYPE_CHECKING:
-    from reelbatch.jobs.run import Outcome
+    from reelbatch.jobs.worker import Outcome
 
 
 def work(request: VideoRequest) -> int:
@@ -136,18 +137,3 @@ class Estimate:
         if self._started is None or not done:
             return None
         return (time.monotonic() - self._started) * (total - done) / done
-
-
-def duration(seconds: float) -> str:
-    """As people say it: 8 s, 3 min 20 s, 5 h 12 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
-def shorten(text: str, width: int) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= width else text[: width - 1] + "…"

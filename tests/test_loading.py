@@ -14,8 +14,12 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
-from reelbatch.models import checkpoint
-from reelbatch.models.checkpoint import ModelFolderError, choose_device, choose_dtype, inspect, load, resolve
+from reelbatch.device import choose_device
+from reelbatch.loading import load as checkpoint
+from reelbatch.loading.hub import ModelFolderError, resolve
+from reelbatch.loading.inspection import inspect
+from reelbatch.loading.load import load
+from reelbatch.loading.precision import choose_dtype
 
 
 @pytest.fixture

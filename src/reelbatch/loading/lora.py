@@ -15,10 +15,10 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from reelbatch.models.lora_names import KOHYA, to_diffusers, to_kohya
+from reelbatch.loading.parameter_names import KOHYA, to_diffusers, to_kohya
 
 if TYPE_CHECKING:
-    from reelbatch.models.hunyuan_video import HunyuanVideoTransformer3DModel
+    from reelbatch.models.hunyuan_video.transformer import HunyuanVideoTransformer3DModel
 
 PREFIX = "transformer."
 SHOWN = 3

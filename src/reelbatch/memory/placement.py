@@ -22,9 +22,10 @@ from diffusers.hooks import HookRegistry, apply_group_offloading
 from diffusers.hooks.group_offloading import ModuleGroup
 from torch import nn
 
-from reelbatch.engine.memory import Offload, trim_heap
-from reelbatch.engine.recovery import gibibytes
+from reelbatch.device import gibibytes, trim_heap
 
+Offload = Literal["none", "component", "block"]
+"""Which weights are on the device: all; those of the component at work; the block at work and the one that follows."""
 Where = Literal["none", "cpu", "disk"]
 Part = Literal["text", "transformer", "vae"]
 CPU = torch.device("cpu")

@@ -2,33 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Any
 
 import torch
-
-
-def _import_torchao_quietly() -> None:
-    """Diffusers imports torchao wherever it is installed, and what is logged then (of GPU kernels, of deprecations) is
-    not for those who make videos. Imported here, before anything else of Diffusers, it is silent."""
-    if find_spec("torchao") is None:
-        return
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with suppress(Exception):  # told where 8-bit weights are asked for
-            import_module("diffusers.quantizers.torchao")
-    finally:
-        logging.disable(before)
-
-
-_import_torchao_quietly()
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {
@@ -128,3 +107,8 @@ def _dtype(name: str, part: str, device: torch.device) -> torch.dtype:
     if name not in DTYPES:
         raise ValueError(f"dtype {name!r} cannot be used for {part}; {HOW}")
     return DTYPES[name]
+
+
+def choose_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
+    """What the transformer computes in; see `Precision.parse`."""
+    return Precision.parse(dtype, device).transformer

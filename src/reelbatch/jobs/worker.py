@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reelbatch.device import OutOfMemory, free_memory, is_out_of_memory, log
 from reelbatch.engine.engine import Engine, Failure
-from reelbatch.engine.recovery import OutOfMemory, free_memory, is_out_of_memory, log
 from reelbatch.engine.sample import SavedState
 from reelbatch.jobs.manifest import BEAT_SECONDS, OPEN, Made, Manifest, ManifestError, VideoRow
 from reelbatch.jobs.states import States

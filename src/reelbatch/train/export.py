@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from reelbatch.models.checkpoint import Components
-from reelbatch.models.lora import save_lora
-from reelbatch.models.precision import DTYPES
+from reelbatch.loading.load import Components
+from reelbatch.loading.lora import save_lora
+from reelbatch.loading.precision import DTYPES
 from reelbatch.train.config import TrainConfig
 
 LORA_FILE = "lora.safetensors"
@@ -43,7 +43,7 @@ def write_model(
     Args:
         state: the transformer's weights, where they are not in it (spread over devices).
     """
-    from reelbatch.models.hunyuan_video import HunyuanVideoTransformer3DModel
+    from reelbatch.models.hunyuan_video.transformer import HunyuanVideoTransformer3DModel
 
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)

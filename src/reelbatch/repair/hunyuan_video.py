@@ -21,10 +21,11 @@ from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PRO
 from diffusers.utils.torch_utils import is_compiled_module
 from torch import Tensor, nn
 
-from reelbatch.drop_in.fix import CannotRepair, Fix, Undo, require_source
-from reelbatch.drop_in.reclass import reclass, reclass_all, stands_in
-from reelbatch.drop_in.step_cache import refuse_step_cache
-from reelbatch.models import hunyuan_video as ours
+from reelbatch.models import layers
+from reelbatch.models.hunyuan_video import transformer as ours
+from reelbatch.repair.fix import CannotRepair, Fix, Undo, require_source
+from reelbatch.repair.reclass import reclass, reclass_all, stands_in
+from reelbatch.repair.step_cache import refuse_step_cache
 
 
 class _NoProcessors:
@@ -53,21 +54,21 @@ for _names in ("_repeated_blocks", "_no_split_modules"):  # blocks go by the nam
 STAND_INS: dict[type, type] = {
     their: _stand_in(our, their)
     for their, our in (
-        (theirs.HunyuanVideoPatchEmbed, ours.PatchEmbed),
+        (theirs.HunyuanVideoPatchEmbed, layers.PatchEmbed),
         (theirs.HunyuanVideoConditionEmbedding, ours.ConditionEmbedding),
-        (theirs.HunyuanVideoTokenRefiner, ours.TokenRefiner),
-        (theirs.HunyuanVideoIndividualTokenRefiner, ours.Refiner),
-        (theirs.HunyuanVideoIndividualTokenRefinerBlock, ours.RefinerBlock),
-        (theirs.HunyuanVideoAdaNorm, ours.Modulation),
-        (theirs.HunyuanVideoTransformerBlock, ours.DualStreamBlock),
+        (theirs.HunyuanVideoTokenRefiner, layers.TokenRefiner),
+        (theirs.HunyuanVideoIndividualTokenRefiner, layers.Refiner),
+        (theirs.HunyuanVideoIndividualTokenRefinerBlock, layers.RefinerBlock),
+        (theirs.HunyuanVideoAdaNorm, layers.Modulation),
+        (theirs.HunyuanVideoTransformerBlock, layers.DualStreamBlock),
         (theirs.HunyuanVideoSingleTransformerBlock, ours.SingleStreamBlock),
-        (normalization.AdaLayerNormZero, ours.Modulation),
-        (normalization.AdaLayerNormZeroSingle, ours.Modulation),
-        (normalization.AdaLayerNormContinuous, ours.Modulation),
+        (normalization.AdaLayerNormZero, layers.Modulation),
+        (normalization.AdaLayerNormZeroSingle, layers.Modulation),
+        (normalization.AdaLayerNormContinuous, layers.Modulation),
     )
 } | {theirs.HunyuanVideoTransformer3DModel: Transformer}
-REFINER_ATTENTION = _stand_in(ours.RefinerAttention, attention_processor.Attention)
-JOINT_ATTENTION = _stand_in(ours.JointAttention, attention_processor.Attention)
+REFINER_ATTENTION = _stand_in(layers.RefinerAttention, attention_processor.Attention)
+JOINT_ATTENTION = _stand_in(layers.JointAttention, attention_processor.Attention)
 
 PROCESSORS = {
     JOINT_ATTENTION: theirs.HunyuanVideoAttnProcessor2_0,

@@ -22,7 +22,8 @@ from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import (
 from jaxtyping import Float
 from torch import Tensor
 
-from reelbatch.engine.memory import decode_peak_bytes, trim_heap
+from reelbatch.device import trim_heap
+from reelbatch.memory.estimate import decode_peak_bytes
 
 
 def frame_causal_attention(

@@ -8,31 +8,28 @@ benchmarks/results/memory_plan_cpu.md and memory_plan_held_out_cpu.md; on a GPU 
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
-import psutil
 import torch
+
+from reelbatch.memory.placement import Offload
 
 if TYPE_CHECKING:
     from reelbatch.engine.planner import Isolation
-    from reelbatch.models.checkpoint import Components, ModelInfo
-    from reelbatch.models.hunyuan_video import BranchShape
-    from reelbatch.models.precision import Precision
+    from reelbatch.loading.inspection import ModelInfo
+    from reelbatch.loading.load import Components
+    from reelbatch.loading.precision import Precision
+    from reelbatch.models.layers import BranchShape
 
 COMPONENTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
 Phase = Literal["text", "step", "decode"]
-Offload = Literal["none", "component", "block"]
-"""Which weights are on the device: all; those of the component at work; the block at work and the one that follows."""
 
 ERRORS_MEASURED = (-0.143, 0.308)
 """Lowest and highest error (estimate over measured, less 1) in benchmarks/results/memory_plan_cpu.md and, of batches
@@ -144,9 +141,12 @@ class Network:
         Raises:
             ValueError: if a config.json is missing or is none.
         """
-        from reelbatch.models.checkpoint import _name
 
-        return cls._from_configs(_name(Path(folder)), {part: _read_config(Path(folder) / part) for part in COMPONENTS})
+        from reelbatch.loading.hub import model_name
+
+        return cls._from_configs(
+            model_name(Path(folder)), {part: _read_config(Path(folder) / part) for part in COMPONENTS}
+        )
 
     @classmethod
     def from_info(cls, info: ModelInfo) -> Network:
@@ -175,7 +175,7 @@ class Network:
         import transformers
         from diffusers import AutoencoderKLHunyuanVideo
 
-        from reelbatch.models.hunyuan_video import HunyuanVideoTransformer3DModel
+        from reelbatch.models.hunyuan_video.transformer import HunyuanVideoTransformer3DModel
 
         with torch.device("meta"):
             networks = {
@@ -482,7 +482,7 @@ class VideoShape:
 
     def branches(self, network: Network) -> list[BranchShape]:
         """Patches of each branch of a step."""
-        from reelbatch.models.hunyuan_video import BranchShape
+        from reelbatch.models.layers import BranchShape
 
         config = network.configs["transformer"]
         _, frames, height, width = self.latent(network)
@@ -540,7 +540,7 @@ def plan(
         offload: which weights are on the device; on a CPU those that are not are taken to be on disk.
         tiled: whether the VAE decodes in spatial tiles.
     """
-    from reelbatch.models.precision import Precision
+    from reelbatch.loading.precision import Precision
 
     if not shapes:
         raise ValueError("no shapes given: a plan is of one video or more.")
@@ -590,79 +590,3 @@ def _weights(network: Network, precision: Precision, offload: Offload) -> dict[P
         weights["step"] = min(weights["step"], 2 * block["transformer"] + outside)
         weights["text"] = min(weights["text"], 2 * block["text_encoder"] + size["text_encoder_2"])
     return weights
-
-
-# --------------------------------------------------------------------------------------------------
-# What there is
-
-UNITS = {"": 1, "B": 1, **{f"{k}B": 1000**i for i, k in enumerate("KMGT", 1)}}
-UNITS |= {f"{k}iB": 1024**i for i, k in enumerate("KMGT", 1)}
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes of a size such as 20GiB, 20GB, 20480MiB or 1.5 GiB; a bare number is bytes.
-
-    Raises:
-        ValueError: for anything else, saying how to write it.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*", text)
-    units = {name.lower(): size for name, size in UNITS.items()}
-    if found is None or found[2].lower() not in units or float(found[1]) == 0:
-        raise ValueError(f"memory size {text!r} cannot be read; write it as 20GiB, 20GB or 20480MiB")
-    return int(float(found[1]) * units[found[2].lower()])
-
-
-def trim_heap() -> None:
-    """Gives memory that was freed back to the system, where the C library is glibc: its heap keeps what lies between
-    blocks in use, and cannot always use it again."""
-    trim = _malloc_trim()
-    if trim is not None:
-        trim(0)
-
-
-@cache
-def _malloc_trim() -> Callable[[int], int] | None:
-    try:
-        found: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
-    except (OSError, AttributeError, TypeError):  # another C library; Windows has no library without a name
-        return None
-    return found
-
-
-def held_bytes(device: torch.device | str) -> int:
-    """What this process holds now: on a GPU its tensors there, on the CPU its resident memory."""
-    device = torch.device(device)
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
-
-
-def device_memory_bytes(device: torch.device | str) -> int:
-    """Total memory of `device`; for the CPU what this process may use, a container's limit included."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory()
-    return min([psutil.virtual_memory().total, *_cgroup_limits()])
-
-
-def _cgroup_limits(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> Iterable[int]:
-    """Memory limits of the process's control group and of those above it (versions 1 and 2)."""
-    try:
-        lines = membership.read_text().splitlines()
-    except OSError:  # not Linux
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        base, name = (root / "memory", "memory.limit_in_bytes") if controllers else (root, "memory.max")
-        group = base / path.lstrip("/")
-        for folder in [group, *group.parents]:
-            if not folder.is_relative_to(base):
-                break
-            try:
-                value = (folder / name).read_text().strip()
-            except OSError:  # the root has no limit file; in a container the path may be the host's
-                continue
-            if value.isdigit():  # else "max": no limit
-                yield int(value)

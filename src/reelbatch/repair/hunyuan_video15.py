@@ -41,10 +41,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from reelbatch.drop_in.fix import CannotRepair, Fix, Undo, require_source
-from reelbatch.drop_in.reclass import reclass, stands_in
-from reelbatch.models.vae import frame_causal_attention
+from reelbatch.models.hunyuan_video.vae import frame_causal_attention
 from reelbatch.ragged import Lengths
+from reelbatch.repair.fix import CannotRepair, Fix, Undo, require_source
+from reelbatch.repair.reclass import reclass, stands_in
 
 TRANSFORMER_SOURCE = (
     (HunyuanVideo15Transformer3DModel, "forward", "6a119831862d5f463cc7b762d6321605401492c10a74f9cf8adf72dc1f9d343e"),

@@ -1,0 +1,1 @@
+"""Model folders and LoRA files: found, looked into, checked, loaded."""

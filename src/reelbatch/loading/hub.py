@@ -1,0 +1,65 @@
+"""Where a model's folder is: the bundled one, a local path, or a download from the hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from reelbatch.loading.layout import CLASSES
+
+REAL_MODEL = "hunyuanvideo-community/HunyuanVideo"
+DEMO_FOLDER = Path(__file__).parents[1] / "demo" / "model"
+
+
+class ModelFolderError(ValueError):
+    """A model folder that cannot be used: the message names the file and what to do."""
+
+
+def resolve(model: str | Path) -> Path:
+    """The folder of a model: "demo" (the bundled one), a local path, or a hub id, which is downloaded if need be.
+
+    Raises:
+        ModelFolderError: if there is no such folder and none can be fetched.
+    """
+    if model == "demo":
+        if not (DEMO_FOLDER / "model_index.json").is_file():
+            raise ModelFolderError(f"{DEMO_FOLDER}: the bundled model is not part of this installation; install again")
+        return DEMO_FOLDER
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise ModelFolderError(f"{folder}: is a file; give the model folder, the one with model_index.json in it")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(model)):
+        raise ModelFolderError(f"{folder}: no such folder; give a model folder, a hub id such as {REAL_MODEL}, or demo")
+    return _download(str(model))
+
+
+def _download(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    wanted = ["model_index.json", "reelbatch.json", *(f"{component}/*" for component in CLASSES)]
+    try:
+        return Path(snapshot_download(repository, allow_patterns=wanted, ignore_patterns=["*.bin", "*.onnx"]))
+    except GatedRepoError:
+        remedy = "its owner asks you to accept terms on the model's page first, and to log in (hf auth login)"
+    except RepositoryNotFoundError:
+        remedy = "the hub has no such model (or it is private: hf auth login)"
+    except Exception as error:  # the hub's, the HTTP library's, the file system's
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        remedy = (
+            f"it could not be fetched from the hub ({first_line}). Where the network does not allow it, download the "
+            f"model elsewhere (hf download {repository} --local-dir FOLDER), copy it here and give its path"
+        )
+    raise ModelFolderError(f"{repository}: there is no such folder here, and {remedy}") from None
+
+
+def model_name(folder: Path) -> str:
+    """What to call a model: "demo", the hub id of a cached download, or the folder's name."""
+    if folder == DEMO_FOLDER:
+        return "demo"
+    for part in folder.parts:
+        if part.startswith("models--"):
+            return part.removeprefix("models--").replace("--", "/")
+    return folder.resolve().name

@@ -1,0 +1,1 @@
+"""What work costs in memory, and which weights are where."""

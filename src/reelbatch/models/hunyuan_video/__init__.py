@@ -1,0 +1,1 @@
+"""HunyuanVideo (13B): transformer, text towers, VAE."""

@@ -19,7 +19,8 @@ from reelbatch.device import OutOfMemory, is_out_of_memory
 from reelbatch.engine.engine import Engine, Failure
 from reelbatch.engine.planner import Planner
 from reelbatch.jobs.worker import DECODE_BESIDE
-from reelbatch.loading.load import Components, load
+from reelbatch.loading.load import load
+from reelbatch.loading.model import Model
 from reelbatch.video import read_video
 
 RUNS = int(os.environ.get("REELBATCH_FAULT_RUNS", "25"))
@@ -33,7 +34,7 @@ ERRORS: tuple[Callable[[], Exception], ...] = (
 
 
 @pytest.fixture(scope="module")
-def components(tiny_folder: Path) -> Components:
+def components(tiny_folder: Path) -> Model:
     return load(tiny_folder, "cpu", torch.float32)
 
 
@@ -47,21 +48,21 @@ def requests() -> list[VideoRequest]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(components: Components) -> dict[str, Video]:
+def undisturbed(components: Model) -> dict[str, Video]:
     return {video.request.id: video for video in Engine(components, keep_latents=True).generate(requests())}
 
 
 @contextmanager
-def faults(components: Components, raises: Callable[[str], bool], rng: random.Random) -> Iterator[list[str]]:
+def faults(components: Model, raises: Callable[[str], bool], rng: random.Random) -> Iterator[list[str]]:
     """Asks `raises` at every allocation point, by its name, and runs out of memory there if it says so."""
     struck: list[str] = []
     networks = {
-        "encode": components.text.llama,
-        "encode clip": components.text.clip,
-        "step": components.transformer,
-        "decode": components.decoder.vae.decoder,
-        **{f"block {i}": block for i, block in enumerate(components.transformer.transformer_blocks)},
-        **{f"single block {i}": block for i, block in enumerate(components.transformer.single_transformer_blocks)},
+        "encode": components.family.text.llama,
+        "encode clip": components.family.text.clip,
+        "step": components.family.transformer,
+        "decode": components.family.decoder.vae.decoder,
+        **{f"block {i}": block for i, block in enumerate(components.family.transformer.transformer_blocks)},
+        **{f"single block {i}": block for i, block in enumerate(components.family.transformer.single_transformer_blocks)},
     }
 
     def hook(name: str) -> Callable[..., None]:
@@ -73,7 +74,7 @@ def faults(components: Components, raises: Callable[[str], bool], rng: random.Ra
         return strike
 
     handles = [network.register_forward_pre_hook(hook(name)) for name, network in networks.items()]
-    components.text.forget()
+    components.family.text.forget()
     try:
         yield struck
     finally:
@@ -83,7 +84,7 @@ def faults(components: Components, raises: Callable[[str], bool], rng: random.Ra
 
 @pytest.mark.parametrize("seed", range(RUNS))
 def test_whatever_runs_out_when_every_request_ends_once_and_right(
-    components: Components,
+    components: Model,
     undisturbed: dict[str, Video],
     seed: int,
     tmp_path: Path,
@@ -127,7 +128,7 @@ def test_whatever_runs_out_when_every_request_ends_once_and_right(
 
 
 def test_a_batch_that_is_too_large_is_split_and_not_tried_again(
-    components: Components, undisturbed: dict[str, Video]
+    components: Model, undisturbed: dict[str, Video]
 ) -> None:
     sizes: list[int] = []
 
@@ -136,7 +137,7 @@ def test_a_batch_that_is_too_large_is_split_and_not_tried_again(
         if len(kwargs["packs"]) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    handle = components.transformer.register_forward_pre_hook(limited, with_kwargs=True)
+    handle = components.family.transformer.register_forward_pre_hook(limited, with_kwargs=True)
     try:
         engine = Engine(components, keep_latents=True)
         made = engine.generate(requests())
@@ -166,9 +167,9 @@ def test_groups_stay_below_what_failed_and_grow_back_together() -> None:
 
 
 def test_a_decode_that_never_fits_whole_is_done_in_tiles_and_says_so(
-    components: Components, caplog: pytest.LogCaptureFixture
+    components: Model, caplog: pytest.LogCaptureFixture
 ) -> None:
-    vae = components.decoder.vae
+    vae = components.family.decoder.vae
     request = VideoRequest(prompt="a cat", height=192, width=192, frames=1, steps=1, id="large")
 
     def whole(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
@@ -188,12 +189,12 @@ def test_a_decode_that_never_fits_whole_is_done_in_tiles_and_says_so(
     ] == "out of memory in decoding of large: tried in VAE tiles of 64 pixels"
 
 
-def test_what_never_fits_fails_alone_with_what_it_needs(components: Components, undisturbed: dict[str, Video]) -> None:
+def test_what_never_fits_fails_alone_with_what_it_needs(components: Model, undisturbed: dict[str, Video]) -> None:
     def never(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        if args[0].shape[-1] == 48 // components.decoder.vae.spatial_compression_ratio:  # the request that is 48 wide
+        if args[0].shape[-1] == 48 // components.family.decoder.vae.spatial_compression_ratio:  # the request that is 48 wide
             raise MemoryError("cannot allocate 9 GiB")
 
-    handle = components.decoder.vae.decoder.register_forward_pre_hook(never)
+    handle = components.family.decoder.vae.decoder.register_forward_pre_hook(never)
     engine = Engine(components)
     try:
         for request in requests():
@@ -211,7 +212,7 @@ def test_what_never_fits_fails_alone_with_what_it_needs(components: Components, 
 
 
 def test_a_text_that_does_not_fit_beside_running_videos_waits_for_them(
-    components: Components, undisturbed: dict[str, Video]
+    components: Model, undisturbed: dict[str, Video]
 ) -> None:
     engine = Engine(components)
 
@@ -219,8 +220,8 @@ def test_a_text_that_does_not_fit_beside_running_videos_waits_for_them(
         if engine.running:
             raise MemoryError
 
-    components.text.forget()
-    handle = components.text.llama.register_forward_pre_hook(crowded)
+    components.family.text.forget()
+    handle = components.family.text.llama.register_forward_pre_hook(crowded)
     try:
         made = engine.generate(requests())
     finally:
@@ -231,7 +232,7 @@ def test_a_text_that_does_not_fit_beside_running_videos_waits_for_them(
 
 
 def test_a_file_is_written_after_all_when_memory_is_free_again(
-    components: Components, undisturbed: dict[str, Video], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    components: Model, undisturbed: dict[str, Video], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written_aside, refused = Video.written_aside, set()
 

@@ -108,7 +108,7 @@ class Run:
             FolderError: if the output folder takes no more files.
             ManifestError: if the manifest cannot be used any more.
         """
-        if self.engine.components.device.type != "cpu":
+        if self.engine.model.device.type != "cpu":
             self.engine.decode_beside = DECODE_BESIDE
         steps = 0
         with self._heart, ThreadPoolExecutor(max_workers=1, thread_name_prefix="writer") as self._writer:

@@ -82,8 +82,8 @@ def support(capability: tuple[int, int]) -> Support:
     from torch.nn.attention.varlen import varlen_attn
 
     def refusal(**options: Any) -> str | None:
-        rows = torch.zeros(16, 1, 64, dtype=torch.float16, device="cuda")
-        starts = torch.tensor([0, 16], dtype=torch.int32, device="cuda")
+        rows = torch.zeros(16, 1, 64, dtype=torch.float16, device=_device())
+        starts = torch.tensor([0, 16], dtype=torch.int32, device=_device())
         try:
             with torch.no_grad():
                 varlen_attn(rows, rows, rows, starts, starts, 16, 16, **options)
@@ -104,6 +104,10 @@ def support(capability: tuple[int, int]) -> Support:
     if reason is not None:
         return Support({}, refused=f"varlen_attn does not run on this device: {reason}")
     return Support({}, note=f"without num_splits=1, which is refused here: {refused}")
+
+
+def _device() -> torch.device:
+    return torch.device("cuda")
 
 
 @lru_cache(maxsize=64)

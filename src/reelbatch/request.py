@@ -11,11 +11,19 @@ import math
 import numbers
 import operator
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 from pydantic_core import ErrorDetails
 
 SEED_LIMIT = 2**64  # torch.Generator.manual_seed takes 64 bits
@@ -23,6 +31,10 @@ MAX_SIDE = 16384  # what an H.264 encoder takes
 MAX_STEPS = 1000  # the scheduler's training timesteps
 MAX_FPS = 240
 MAX_ID_LENGTH = 200
+TILE_SIDES = (64, 1024)  # pixels; a quarter of a tile overlaps the next, and both are whole latents
+TILE_STRIDE = 32
+LATER_FIELDS = ("vae_tiling",)
+"""Fields that earlier versions did not have: left out of what is written and hashed where they say nothing."""
 
 
 class Problem(NamedTuple):
@@ -56,13 +68,16 @@ class RequestDefaults:
 class ModelLimits:
     """What a model can make.
 
-    spatial_stride: height and width are multiples of it, in pixels (the VAE's 8 times the transformer's patch).
-    temporal_stride: the number of frames is a multiple of it, plus 1 (the VAE's 4 times the temporal patch).
+    Attributes:
+        spatial_stride: height and width are multiples of it, in pixels (the VAE's 8 times the transformer's patch).
+        temporal_stride: the number of frames is a multiple of it, plus 1 (the VAE's 4 times the temporal patch).
+        attention_rules: gives the names of the rules that a request may ask for; None: they are not checked here.
     """
 
     spatial_stride: int = 16
     temporal_stride: int = 4
     defaults: RequestDefaults = RequestDefaults()
+    attention_rules: Callable[[], Sequence[str]] | None = None
 
 
 def _whole(low: int, high: int | None = None) -> BeforeValidator:
@@ -138,6 +153,20 @@ def _identifier(value: object) -> str:
     return text
 
 
+def _tile_side(value: Any) -> int:
+    """0, or pixels that a tile can have."""
+    low, high = TILE_SIDES
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        side = operator.index(value)
+    except TypeError:
+        side = -1
+    if side and (side % TILE_STRIDE or not low <= side <= high):
+        raise ValueError(f"must be 0 (whole) or a multiple of {TILE_STRIDE} from {low} to {high}; nearest: 0 or 256")
+    return side
+
+
 def _tags(value: object) -> tuple[str, ...]:
     if not isinstance(value, list | tuple | set | frozenset):
         raise ValueError('must be a list of texts, as in ["cats", "night"]')
@@ -162,6 +191,8 @@ class VideoRequest(BaseModel):
     guidance: the embedded guidance scale. flow_shift: the timestep shift of the flow-matching schedule.
     attention_rule: name of a rule of which tokens each head attends to (`reelbatch.attention.register_rule`);
         None is all.
+    vae_tiling: side in pixels of the tiles that the VAE decodes in, 0 for none; None is the model's own rule, which
+        looks at height and width alone.
     id: names the request within a run; drawn at random when not given. tags: yours, kept in the sidecar.
     name: what the video's file is called after, in the prompt's place.
     """
@@ -180,6 +211,7 @@ class VideoRequest(BaseModel):
     true_cfg: Annotated[float, _real(lambda x: x >= 1, "a number, 1 (off) or more", "1")] = 1.0
     flow_shift: Annotated[float, _real(lambda x: x > 0, "a number above 0", "1")] | None = None
     attention_rule: Prompt | None = None
+    vae_tiling: Annotated[int, BeforeValidator(_tile_side)] | None = None
     fps: Annotated[int, _whole(1, MAX_FPS)] | None = None
     id: Annotated[str, BeforeValidator(_identifier)] = Field(default_factory=lambda: secrets.token_hex(6))
     tags: Annotated[tuple[str, ...], BeforeValidator(_tags)] = ()
@@ -193,6 +225,26 @@ class VideoRequest(BaseModel):
             except ValidationError as error:
                 raise RequestError(_problem(details) for details in error.errors()) from None
 
+    @model_serializer(mode="wrap")
+    def _without_later_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = serialize(self)
+        return {name: value for name, value in fields.items() if value is not None or name not in LATER_FIELDS}
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Height, width and frames; what is still open counts as 1."""
+        return self.height or 1, self.width or 1, self.frames or 1
+
+    @property
+    def pixels(self) -> int:
+        """Pixels that a step works on, in all guidance branches."""
+        return math.prod(self.size) * (2 if self.uses_cfg else 1)
+
+    @property
+    def work(self) -> int:
+        """How much work it is, next to others: pixels times steps."""
+        return self.pixels * (self.steps or 1)
+
     @property
     def uses_cfg(self) -> bool:
         """Whether each step runs a second, unconditional branch."""
@@ -202,8 +254,10 @@ class VideoRequest(BaseModel):
         """`count` requests that differ in seed (seed, seed + 1, …, within 64 bits) and id ("<id>-0", "<id>-1", …)."""
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise RequestError([Problem("copies", f"copies={count!r} must be a whole number, 1 or more; nearest: 1")])
+        room = MAX_ID_LENGTH - len(f"-{count - 1}")
+        stem = self.id if len(self.id) <= room else f"{self.id[: room - 9]}~{secrets.token_hex(4)}"
         return [
-            self.model_copy(update={"seed": (self.seed + index) % SEED_LIMIT, "id": f"{self.id}-{index}"})
+            self.model_copy(update={"seed": (self.seed + index) % SEED_LIMIT, "id": f"{stem}-{index}"})
             for index in range(count)
         ]
 
@@ -221,7 +275,7 @@ class VideoRequest(BaseModel):
         rest = {"steps": defaults.steps, "guidance": defaults.guidance, "fps": defaults.fps}
         problems = [_off_grid(side, filled[side], limits.spatial_stride, 0) for side in ("height", "width")]
         problems.append(_off_grid("frames", filled["frames"], limits.temporal_stride, 1))
-        problems.append(_unknown_rule(self.attention_rule))
+        problems.append(_unknown_rule(self.attention_rule, limits))
         if any(problems):
             raise RequestError(problem for problem in problems if problem)
         update = filled | {name: value for name, value in rest.items() if getattr(self, name) is None}
@@ -251,15 +305,11 @@ def _off_grid(field: str, value: int, stride: int, offset: int) -> Problem | Non
     return Problem(field, f"{field}={value} must be {rule} for this model{near}")
 
 
-def _unknown_rule(name: str | None) -> Problem | None:
-    if name is None:
+def _unknown_rule(name: str | None, limits: ModelLimits) -> Problem | None:
+    if name is None or limits.attention_rules is None or name in (known := limits.attention_rules()):
         return None
-    from reelbatch.attention import rule_names  # brings torch
-
-    if name in rule_names():
-        return None
-    near = difflib.get_close_matches(name, rule_names(), n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"registered are {', '.join(rule_names())}"
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"registered are {', '.join(known)}"
     return Problem("attention_rule", f"attention_rule={name!r} is not registered; {hint}")
 
 

@@ -61,8 +61,8 @@ DEFAULT_TEMPLATE = PromptTemplate(**DEFAULT_PROMPT_TEMPLATE)
 
 
 @dataclass(frozen=True)
-class Conditioning:
-    """What the transformer is told about one prompt. Shared between equal prompts: do not write into it.
+class TextStates:
+    """What the transformer is given of one prompt. Shared between equal prompts: do not write into it.
 
     Attributes:
         text: Llama's states of the prompt's tokens, at their true length (template prefix cropped, no padding).
@@ -71,6 +71,10 @@ class Conditioning:
 
     text: Float[Tensor, "tokens text_embed_dim"]
     pooled: Float[Tensor, " pooled_dim"]
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> TextStates:
+        """On a device, in a dtype."""
+        return TextStates(self.text.to(device, dtype), self.pooled.to(device, dtype))
 
 
 class TextEncoder:
@@ -119,15 +123,15 @@ class TextEncoder:
         self._text = lru_cache(cache_size)(self._encode_llama)
         self._pooled = lru_cache(cache_size)(self._encode_clip)
 
-    def encode(self, prompt: str, prompt_2: str | None = None) -> Conditioning:
-        """Conditioning for `prompt`; CLIP reads `prompt_2` instead where one is given (the reference ignores it).
+    def encode(self, prompt: str, prompt_2: str | None = None) -> TextStates:
+        """TextStates for `prompt`; CLIP reads `prompt_2` instead where one is given (the reference ignores it).
 
         Warns with a PromptCutWarning when words had to be cut.
 
         Raises:
             ValueError: if no token is left to condition on: an empty prompt in a template without a suffix.
         """
-        return Conditioning(self._text(prompt), self._pooled(prompt if prompt_2 is None else prompt_2))
+        return TextStates(self._text(prompt), self._pooled(prompt if prompt_2 is None else prompt_2))
 
     def forget(self, prefix: bool = False) -> None:
         """Drops what is kept of prompts encoded so far; with `prefix`, of the template's beginning as well."""

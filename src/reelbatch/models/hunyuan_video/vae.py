@@ -7,9 +7,8 @@ keys of the frames up to their own, unmasked: the same sums, no mask.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +18,10 @@ from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import (
     HunyuanVideoMidBlock3D,
     HunyuanVideoUpsampleCausal3D,
 )
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from reelbatch.device import trim_heap
-from reelbatch.memory.estimate import decode_peak_bytes
 
 
 def frame_causal_attention(
@@ -115,58 +113,53 @@ def _trim(upsampler: HunyuanVideoUpsampleCausal3D, inputs: tuple[Tensor, ...]) -
         trim_heap()
 
 
+TILE_SIDE = 256
+"""Pixels of the tiles that large frames are decoded in, as in Diffusers and in Tencent's own code."""
+WHOLE_PIXELS = 544 * 960
+"""Frames of up to so many pixels are decoded whole: the smaller of the model's two standard sizes. At 720 × 1280, tensors
+of a whole decode would have more than 2³¹ elements, which PyTorch's padding does not take on a GPU."""
+
+
 class VideoDecoder:
-    """Decodes one sample at a time.
+    """Decodes and encodes one sample at a time. Several threads may decode at once: nothing is kept between calls.
 
     Args:
         vae: changed in place to attend without masks; its weights and flags are not touched.
-        tile_above_bytes: a sample whose decoding is estimated to take more than this is decoded in spatial tiles, which
-            changes its pixels a little. The rule looks at the sample's own shape only, so that the same request always
-            gives the same frames. None: never tile (unless the vae itself has tiling enabled).
     """
 
-    def __init__(self, vae: AutoencoderKLHunyuanVideo, tile_above_bytes: int | None = None) -> None:
+    def __init__(self, vae: AutoencoderKLHunyuanVideo) -> None:
         self.vae = use_frame_causal_attention(vae)
-        for module in vae.decoder.modules():
+        for module in [*vae.decoder.modules(), *vae.encoder.modules()]:
             if type(module) is torch.nn.Conv3d:
                 module.__class__ = SingleSampleConv3d
         upsamplers = [upsampler for block in vae.decoder.up_blocks for upsampler in block.upsamplers or []]
         for upsampler in upsamplers[-1:]:
             upsampler.register_forward_pre_hook(_trim)
-        self.tile_above_bytes = tile_above_bytes
 
-    def tiles(self, latent_shape: tuple[int, ...]) -> bool:
-        """Whether latents [channels, latent_frames, h, w] are decoded in spatial tiles."""
-        if self.vae.use_tiling or self.tile_above_bytes is None:
-            return self.vae.use_tiling
-        framewise = self.vae.use_framewise_decoding
-        return decode_peak_bytes(self.vae.config, latent_shape, self.vae.dtype, framewise) > self.tile_above_bytes
+    @staticmethod
+    def tile_side(height: int, width: int) -> int | None:
+        """Side in pixels of the tiles that frames of this size are decoded in; None: whole. The same on every device."""
+        return TILE_SIDE if height * width > WHOLE_PIXELS else None
 
-    @contextmanager
-    def in_tiles_of(self, pixels: int) -> Iterator[None]:
-        """While entered, decodes in tiles of so many pixels on a side, a quarter of which overlaps the next tile."""
-        sizes = {
-            "tile_sample_min_height": pixels,
-            "tile_sample_min_width": pixels,
-            "tile_sample_stride_height": pixels * 3 // 4,
-            "tile_sample_stride_width": pixels * 3 // 4,
-            "use_tiling": True,
-        }
-        found = {name: getattr(self.vae, name) for name in sizes}
-        for name, value in sizes.items():
-            setattr(self.vae, name, value)
-        try:
-            yield
-        finally:
-            for name, value in found.items():
-                setattr(self.vae, name, value)
+    def _tiled(self, side: int | None) -> AutoencoderKLHunyuanVideo:
+        """The VAE with its own flags for tiles of so many pixels, a quarter of which overlaps the next tile. Networks and
+        weights are those of `vae`; what is set here is seen by no other call."""
+        view = copy.copy(self.vae)
+        view.use_tiling = side is not None
+        if side is not None:
+            view.tile_sample_min_height = view.tile_sample_min_width = side
+            view.tile_sample_stride_height = view.tile_sample_stride_width = side * 3 // 4
+        return view
 
     @torch.no_grad()
-    def decode(self, latents: Float[Tensor, "channels latent_frames h w"]) -> Float[Tensor, "frames height width 3"]:
-        """Frames in [0, 1], fp32, on the CPU.
+    def decode(
+        self, latents: Float[Tensor, "channels latent_frames h w"], tile_side: int | None = None
+    ) -> UInt8[Tensor, "frames height width 3"]:
+        """Frames on the CPU.
 
         Args:
             latents: as the last denoising step leaves them, scaled by the VAE's scaling factor.
+            tile_side: pixels of the spatial tiles; None decodes whole.
 
         Raises:
             ValueError: for latents of another shape, and for latents or frames with NaN or infinity in them.
@@ -176,14 +169,35 @@ class VideoDecoder:
             raise ValueError(f"latents are {list(latents.shape)}; this VAE decodes [{channels}, latent_frames, h, w]")
         if not latents.isfinite().all():
             raise ValueError("latents hold NaN or infinity: there is no video in them to decode")
-        # Under offloading the weights wait elsewhere than where they compute.
-        device = getattr(getattr(vae, "_hf_hook", None), "execution_device", None) or vae.device
-        scaled = latents.to(device, vae.dtype) / vae.config.scaling_factor
-        found, vae.use_tiling = vae.use_tiling, self.tiles(tuple(latents.shape))
-        try:
-            video = vae.decode(scaled[None], return_dict=False)[0][0]
-        finally:
-            vae.use_tiling = found
+        scaled = latents.to(self._device, vae.dtype) / vae.config.scaling_factor
+        video = self._tiled(tile_side).decode(scaled[None], return_dict=False)[0][0]
         if not video.isfinite().all():
             raise ValueError(f"decoding gave NaN or infinity in {vae.dtype}: try bfloat16 or float32")
-        return video.cpu().float().mul(0.5).add_(0.5).clamp_(0, 1).permute(1, 2, 3, 0).contiguous()
+        return to_frames(video)
+
+    @torch.no_grad()
+    def encode(
+        self, frames: UInt8[Tensor, "frames height width 3"]
+    ) -> Float[Tensor, "channels latent_frames h w"]:
+        """Latents in fp32 on the CPU, scaled as the transformer sees them: the posterior's mean, not a sample of it, so
+        that a clip is the same every time it is seen. In tiles where decoding is."""
+        vae = self.vae
+        video = frames.permute(3, 0, 1, 2)[None].to(self._device).float().div(127.5).sub(1).to(vae.dtype)
+        view = self._tiled(self.tile_side(*frames.shape[1:3]))
+        latents = view.encode(video.contiguous()).latent_dist.mean[0]
+        return (latents.float() * vae.config.scaling_factor).cpu()
+
+    @property
+    def _device(self) -> torch.device:
+        """Where the VAE computes: where its weights wait elsewhere, a hook knows."""
+        return getattr(getattr(self.vae, "_hf_hook", None), "execution_device", None) or self.vae.device
+
+
+def to_frames(video: Float[Tensor, "3 frames height width"]) -> UInt8[Tensor, "frames height width 3"]:
+    """8-bit frames on the CPU of values from -1 to 1. Frame by frame, so that no copy of the video in fp32 is made."""
+    _, count, height, width = video.shape
+    frames = torch.empty(count, height, width, 3, dtype=torch.uint8, device=video.device)
+    for i in range(count):
+        values = video[:, i].float().mul(0.5).add_(0.5).clamp_(0, 1).mul_(255).round_()
+        frames[i] = values.permute(1, 2, 0)
+    return frames.cpu()

@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import Result
+from diffusers import HunyuanVideoPipeline
 from typer.testing import CliRunner
 
 import reelbatch.demo
-from reelbatch import Engine, Video, VideoRequest
+from reelbatch import Engine, HunyuanVideoTransformer3DModel, Video, VideoRequest
 from reelbatch.cli import app
 from reelbatch.engine.sample import SavedState
 from reelbatch.jobs.job import Settings
@@ -236,3 +237,15 @@ def test_a_trained_lora_is_loaded(before: Path) -> None:
     call_well("generate", "a red circle", *words, "--lora", "training/lora.safetensors:2", "--out", "o")
     (row,) = Manifest.in_folder(Path("o")).rows()
     assert row.state == "done"
+
+
+def test_a_saved_pipeline_is_opened_by_diffusers_and_by_us(tiny_folder: Path, tmp_path: Path) -> None:
+    """The module that a model_index.json names is that of before: later files open with it, and earlier ones here."""
+    pipeline = HunyuanVideoPipeline.from_pretrained(
+        tiny_folder, transformer=HunyuanVideoTransformer3DModel.from_pretrained(tiny_folder, subfolder="transformer")
+    )
+    pipeline.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["transformer"] == ["reelbatch.models.hunyuan_video", "HunyuanVideoTransformer3DModel"]
+    assert type(HunyuanVideoPipeline.from_pretrained(tmp_path).transformer) is HunyuanVideoTransformer3DModel
+    Engine.from_pretrained(tmp_path, device="cpu")

@@ -176,9 +176,7 @@ class VideoDecoder:
         return to_frames(video)
 
     @torch.no_grad()
-    def encode(
-        self, frames: UInt8[Tensor, "frames height width 3"]
-    ) -> Float[Tensor, "channels latent_frames h w"]:
+    def encode(self, frames: UInt8[Tensor, "frames height width 3"]) -> Float[Tensor, "channels latent_frames h w"]:
         """Latents in fp32 on the CPU, scaled as the transformer sees them: the posterior's mean, not a sample of it, so
         that a clip is the same every time it is seen. In tiles where decoding is."""
         vae = self.vae

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from reelbatch.attention import HeadRules
 from reelbatch.engine.flow import Schedule
-from reelbatch.models.branch import Branch
+from reelbatch.models.hunyuan_video.branch import Branch
 from reelbatch.models.hunyuan_video.text import Conditioning
 from reelbatch.models.layers import BranchShape
 from reelbatch.request import VideoRequest

@@ -11,7 +11,7 @@ from diffusers.training_utils import compute_density_for_timestep_sampling
 from jaxtyping import Float
 from torch import Tensor
 
-from reelbatch.models.branch import Branch
+from reelbatch.models.hunyuan_video.branch import Branch
 from reelbatch.models.hunyuan_video.text import Conditioning
 
 TIMESTEPS = 1000.0

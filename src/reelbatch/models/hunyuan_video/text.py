@@ -10,13 +10,14 @@ from __future__ import annotations
 import string
 import warnings
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from jaxtyping import Float
 from torch import Tensor
 from transformers import CLIPTextModel, DynamicCache, LlamaModel, PreTrainedTokenizerFast
+
+from reelbatch.caching import cached, on_fake_tensors
 
 HIDDEN_STATE = -3
 """Which of Llama's hidden states conditions the video: the output of the last layer but two, without the final norm."""
@@ -120,8 +121,8 @@ class TextEncoder:
         self.crop_start = crop_start
         self._prefix_ids: list[int] = empty[:crop_start]
         self._prefix: tuple[tuple[Tensor, Tensor], ...] | None = None  # keys and values of each layer, never changed
-        self._text = lru_cache(cache_size)(self._encode_llama)
-        self._pooled = lru_cache(cache_size)(self._encode_clip)
+        self._text = cached(cache_size)(self._encode_llama)
+        self._pooled = cached(cache_size)(self._encode_clip)
 
     def encode(self, prompt: str, prompt_2: str | None = None) -> TextStates:
         """TextStates for `prompt`; CLIP reads `prompt_2` instead where one is given (the reference ignores it).
@@ -165,11 +166,14 @@ class TextEncoder:
         return output.hidden_states[HIDDEN_STATE][0]
 
     def _prefix_keys_values(self) -> tuple[tuple[Tensor, Tensor], ...]:
-        if self._prefix is None:
-            cache = DynamicCache(config=self.llama.config)
-            self._llama_states(self._prefix_ids, cache)
-            self._prefix = tuple((layer.keys, layer.values) for layer in cache.layers)
-        return self._prefix
+        if self._prefix is not None and not on_fake_tensors():
+            return self._prefix
+        cache = DynamicCache(config=self.llama.config)
+        self._llama_states(self._prefix_ids, cache)
+        prefix = tuple((layer.keys, layer.values) for layer in cache.layers)
+        if not on_fake_tensors():
+            self._prefix = prefix
+        return prefix
 
     @torch.no_grad()
     def _encode_clip(self, prompt: str) -> Tensor:

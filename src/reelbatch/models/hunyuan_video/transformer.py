@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from reelbatch import ragged
 from reelbatch.attention import AUTO, HeadRules, Mask, Sizes, check_backend, compile_rules, per_sample
-from reelbatch.models.branch import Branch
+from reelbatch.models.hunyuan_video.branch import Branch
 from reelbatch.models.hunyuan_video.padded import branches_of
 from reelbatch.models.layers import (
     Attending,

@@ -16,12 +16,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from reelbatch.loading.inspection import inspect
 from reelbatch.loading.precision import NOT_CONVERTED, Precision
-from reelbatch.memory.trace import FAKE
 from reelbatch.models.hunyuan_video.family import HunyuanVideo
 from reelbatch.models.hunyuan_video.text import DEFAULT_TEMPLATE, PromptTemplate, TextEncoder
 from reelbatch.models.hunyuan_video.transformer import HunyuanVideoTransformer3DModel
 from reelbatch.models.hunyuan_video.vae import VideoDecoder
 from reelbatch.request import ModelLimits
+from reelbatch.tracing import FAKE
 
 HUNYUANVIDEO: Mapping[str, Mapping[str, Any]] = {
     "transformer": {},

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from reelbatch.engine.planner import Isolation
 from reelbatch.memory.placement import Offload, network_bytes, streamed_bytes
-from reelbatch.memory.trace import peak_bytes
 from reelbatch.models.family import PHASES, Family, Phase
 from reelbatch.request import VideoRequest
+from reelbatch.tracing import peak_bytes
 
 LONGEST_PROMPT = "a " * 2048
 """More words than a text encoder reads."""
@@ -182,7 +182,7 @@ class Estimator:
                 simplefilter("ignore")  # of words that are cut
                 self.family.encode(request.model_copy(update=longest))
 
-        return peak_bytes(encode)
+        return peak_bytes(encode, self.device)
 
     def _trace_step(self, counts: tuple[tuple[VideoRequest, int], ...]) -> int:
         requests = [request for request, count in counts for _ in range(count)]
@@ -199,10 +199,10 @@ class Estimator:
             each = (velocity for pack in velocities for velocity in pack)
             return [view.latents + next(each).float() for view in views]  # Euler's step, in fp32
 
-        return peak_bytes(step)
+        return peak_bytes(step, self.device)
 
     def _trace_decode(self, request: VideoRequest) -> int:
-        return peak_bytes(lambda: self.family.decode(self._latents(request), self.family.tile_side(request)))
+        return peak_bytes(lambda: self.family.decode(self._latents(request), self.family.tile_side(request)), self.device)
 
     def _latents(self, request: VideoRequest) -> Tensor:
         return torch.zeros(self.family.geometry.latent_shape(request), device=self._where)

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from reelbatch import ragged
 from reelbatch.attention import AUTO, Mask, ragged_attention
-from reelbatch.caching import cached
 from reelbatch.ragged import Lengths
+from reelbatch.tracing import cached
 
 NORM_EPS = 1e-6
 

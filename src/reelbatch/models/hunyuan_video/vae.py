@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLHunyuanVideo
 from diffusers.models.attention_processor import Attention
 from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import (
+    HunyuanVideoDecoder3D,
     HunyuanVideoMidBlock3D,
     HunyuanVideoUpsampleCausal3D,
 )
@@ -22,6 +23,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from reelbatch.device import trim_heap
+from reelbatch.tracing import run_tile
 
 
 def frame_causal_attention(
@@ -80,6 +82,13 @@ class FrameCausalMidBlock3D(HunyuanVideoMidBlock3D):
         return self._gradient_checkpointing_func(module, hidden_states) if checkpointing else module(hidden_states)
 
 
+class TileDecoder(HunyuanVideoDecoder3D):
+    """`HunyuanVideoDecoder3D`, which traces of memory run once for each shape."""
+
+    def forward(self, hidden_states: Float[Tensor, "batch channels frames height width"]) -> Tensor:
+        return run_tile(super().forward, hidden_states)
+
+
 class SingleSampleConv3d(torch.nn.Conv3d):
     """A convolution that takes oneDNN for one sample too: PyTorch takes a path four times slower on the CPU for it."""
 
@@ -129,6 +138,7 @@ class VideoDecoder:
 
     def __init__(self, vae: AutoencoderKLHunyuanVideo) -> None:
         self.vae = use_frame_causal_attention(vae)
+        vae.decoder.__class__ = TileDecoder
         for module in [*vae.decoder.modules(), *vae.encoder.modules()]:
             if type(module) is torch.nn.Conv3d:
                 module.__class__ = SingleSampleConv3d

@@ -35,7 +35,7 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
     """The most bytes that tensors created by `work` take at once.
 
     What was there before (weights, inputs) does not count and is not changed. Views count once, with their storage. What
-    an operator takes besides its result counts for convolutions on the CPU, where it is large; elsewhere not.
+    an operator takes besides its result counts for convolutions, where it is large; elsewhere not.
 
     Args:
         work: runs without gradients. Where it reads a tensor's values, it gets True or 1.
@@ -76,8 +76,8 @@ class _Trace(TorchDispatchMode):
         for leaf in tree_iter(result):
             if isinstance(leaf, Tensor):
                 self._add(leaf, leaf.untyped_storage().nbytes())
-        if convolution and self.on_cpu:
-            self.peak = max(self.peak, self.live + _convolution_bytes(result, *convolution))
+        if convolution:
+            self.peak = max(self.peak, self.live + _convolution_bytes(result, *convolution, self.on_cpu))
         return result
 
     def _input(self, tensor: Tensor) -> Tensor:
@@ -122,13 +122,14 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-def _convolution_bytes(result: Tensor, images: Tensor, weight: Tensor) -> int:
-    """What a convolution on the CPU takes besides input and result.
+def _convolution_bytes(result: Tensor, images: Tensor, weight: Tensor, on_cpu: bool) -> int:
+    """What a convolution takes besides input and result.
 
     oneDNN computes in blocks of channels: it copies the input into that layout, and then its result out of it. For dtypes
-    that it does not compute in, PyTorch writes out every window of the input.
+    that it does not compute in, PyTorch writes out every window of the input. A GPU's workspace is taken to be as large as
+    oneDNN's copies; it was not measured.
     """
-    if not _onednn_computes(result.dtype):
+    if on_cpu and not _onednn_computes(result.dtype):
         return result.numel() // result.shape[1] * math.prod(weight.shape[1:]) * result.element_size()
     blocked = result.nbytes // result.shape[1] * math.ceil(result.shape[1] / CONV_BLOCK) * CONV_BLOCK
     reordered = images.nbytes if images.shape[1] >= CONV_BLOCK else 0
@@ -145,6 +146,11 @@ def _onednn_computes(dtype: torch.dtype) -> bool:
 
 
 # -- what networks say to a trace ------------------------------------------------------------------
+
+
+def tracing() -> bool:
+    """Whether the calling thread traces."""
+    return _thread.trace is not None
 
 
 def run_block(block: nn.Module, packs: list[R]) -> list[R]:

@@ -23,7 +23,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from reelbatch.device import trim_heap
-from reelbatch.tracing import run_tile
+from reelbatch.tracing import run_tile, tracing
 
 
 def frame_causal_attention(
@@ -87,6 +87,16 @@ class TileDecoder(HunyuanVideoDecoder3D):
 
     def forward(self, hidden_states: Float[Tensor, "batch channels frames height width"]) -> Tensor:
         return run_tile(super().forward, hidden_states)
+
+
+class BlendedTiles(AutoencoderKLHunyuanVideo):
+    """`AutoencoderKLHunyuanVideo`, whose blending of tiles, which goes row by row, traces of memory leave out."""
+
+    def blend_v(self, a: Tensor, b: Tensor, blend_extent: int) -> Tensor:
+        return b if tracing() else super().blend_v(a, b, blend_extent)
+
+    def blend_h(self, a: Tensor, b: Tensor, blend_extent: int) -> Tensor:
+        return b if tracing() else super().blend_h(a, b, blend_extent)
 
 
 class SingleSampleConv3d(torch.nn.Conv3d):
@@ -155,6 +165,7 @@ class VideoDecoder:
         """The VAE with its own flags for tiles of so many pixels, a quarter of which overlaps the next tile. Networks and
         weights are those of `vae`; what is set here is seen by no other call."""
         view = copy.copy(self.vae)
+        view.__class__ = BlendedTiles
         view.use_tiling = side is not None
         if side is not None:
             view.tile_sample_min_height = view.tile_sample_min_width = side

@@ -11,14 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 from warnings import catch_warnings, simplefilter
 
 import torch
 from torch import Tensor
 
-from reelbatch.engine.planner import Isolation
-from reelbatch.memory.placement import Offload, network_bytes, streamed_bytes
+from reelbatch.memory.placement import Offload
+from reelbatch.memory.streaming import network_bytes, streamed_bytes
 from reelbatch.models.family import PHASES, Family, Phase
 from reelbatch.request import VideoRequest
 from reelbatch.tracing import peak_bytes
@@ -96,16 +96,16 @@ class Estimator:
     Args:
         family: loaded, or a skeleton (`loading/skeleton.py`). Where weights come and go (offload) or are in 8 bits, it
             must be a skeleton: its networks are run.
-        device: where the model runs or is to run, which decides the margin.
         isolation: "exact" gives each sample a pack of its own; "packed" puts all in one.
+        device: where the model runs or is to run, which decides the margin.
         offload: which weights are on the device.
     """
 
     def __init__(
         self,
         family: Family,
+        isolation: Literal["exact", "packed"],
         device: torch.device,
-        isolation: Isolation = "exact",
         offload: Offload = "none",
     ) -> None:
         self.family, self.device, self.isolation, self.offload = family, device, isolation, offload

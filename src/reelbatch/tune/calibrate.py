@@ -100,8 +100,8 @@ def measure(engine: Engine, held_before: int = 0, shapes: Sequence[tuple[int, in
     Raises:
         Exception: whatever making a video fails with.
     """
-    components = engine.components
-    memory, decoder = memory_of(components.device), components.decoder
+    model = engine.model
+    memory, decoder = memory_of(model.device), model.family.decoder
     text: list[int] = []
     steps: list[int] = []
     kept: list[torch.Tensor] = []
@@ -117,7 +117,7 @@ def measure(engine: Engine, held_before: int = 0, shapes: Sequence[tuple[int, in
         kept.append(latents)
         return torch.zeros(1, 16, 16, 3)
 
-    hook = components.transformer.register_forward_pre_hook(starts, with_kwargs=True)
+    hook = model.family.transformer.register_forward_pre_hook(starts, with_kwargs=True)
     decoder.decode = keep  # type: ignore[method-assign]
     sizes = list(shapes or small_shapes(engine.limits))
     try:

@@ -135,8 +135,8 @@ def _trim(upsampler: HunyuanVideoUpsampleCausal3D, inputs: tuple[Tensor, ...]) -
 TILE_SIDE = 256
 """Pixels of the tiles that large frames are decoded in, as in Diffusers and in Tencent's own code."""
 WHOLE_PIXELS = 544 * 960
-"""Frames of up to so many pixels are decoded whole: the smaller of the model's two standard sizes. At 720 × 1280, tensors
-of a whole decode would have more than 2³¹ elements, which PyTorch's padding does not take on a GPU."""
+"""Frames of up to so many pixels are decoded whole: the smaller of the model's two standard sizes. At 720 × 1280,
+tensors of a whole decode would have more than 2³¹ elements, which PyTorch's padding does not take on a GPU."""
 
 
 class VideoDecoder:
@@ -158,12 +158,12 @@ class VideoDecoder:
 
     @staticmethod
     def tile_side(height: int, width: int) -> int | None:
-        """Side in pixels of the tiles that frames of this size are decoded in; None: whole. The same on every device."""
+        """Pixels on a side of the tiles that such frames are decoded in, the same on every device; None: whole."""
         return TILE_SIDE if height * width > WHOLE_PIXELS else None
 
     def _tiled(self, side: int | None) -> AutoencoderKLHunyuanVideo:
-        """The VAE with its own flags for tiles of so many pixels, a quarter of which overlaps the next tile. Networks and
-        weights are those of `vae`; what is set here is seen by no other call."""
+        """The VAE with its own flags for tiles of so many pixels, a quarter of which overlaps the next tile. Networks
+        and weights are those of `vae`; what is set here is seen by no other call."""
         view = copy.copy(self.vae)
         view.__class__ = BlendedTiles
         view.use_tiling = side is not None
@@ -197,9 +197,7 @@ class VideoDecoder:
         return to_frames(video)
 
     @torch.no_grad()
-    def encode(
-        self, frames: UInt8[Tensor, "frames height width 3"]
-    ) -> Float[Tensor, "channels latent_frames h w"]:
+    def encode(self, frames: UInt8[Tensor, "frames height width 3"]) -> Float[Tensor, "channels latent_frames h w"]:
         """Latents in fp32 on the CPU, scaled as the transformer sees them: the posterior's mean, not a sample of it, so
         that a clip is the same every time it is seen. In tiles where decoding is."""
         vae = self.vae

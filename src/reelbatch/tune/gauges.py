@@ -16,6 +16,7 @@ from reelbatch.memory.gauge import Memory, memory_of, tidy
 
 __all__ = ["Memory", "Others", "counting", "energy_meter", "matrix_rate", "memory_of", "tidy", "weight_bytes"]
 
+
 def weight_bytes(*modules: torch.nn.Module) -> int:
     return sum(t.numel() * t.element_size() for m in modules for t in [*m.parameters(), *m.buffers()])
 

@@ -104,20 +104,9 @@ class Plan:
             offload=self._advice.offload,
             lora=self.loras,
         )
-        if engine.max_memory is not None:
-            self._correct_estimates(engine)
+        if engine.calibration is not None:
+            say(f"--max-memory: estimates of steps and decodes are {engine.calibration.line}")
         return engine
-
-    def _correct_estimates(self, engine: Engine) -> None:
-        """By what `plan --calibrate` measured here, if it did; with a line that says so."""
-        from reelbatch.loading.precision import Precision
-        from reelbatch.tune.calibrate import find
-
-        device = engine.model.device
-        found = find(self.info.folder, self.info.name, device, Precision.parse(self.options["dtype"], device))
-        if found.calibration is not None:
-            engine.correct_step = found.calibration.step.of
-            say(f"--max-memory: estimates of a step are {found.calibration.line}")
 
     @property
     def loras(self) -> list[tuple[Path, float]]:

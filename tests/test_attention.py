@@ -42,7 +42,7 @@ from reelbatch.attention import (
     rules,
 )
 from reelbatch.attention.rules import RuleMask
-from reelbatch.models.branch import Branch
+from reelbatch.models.hunyuan_video.branch import Branch
 
 CPU = torch.device("cpu")
 NEVER = float("-inf")

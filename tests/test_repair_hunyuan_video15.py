@@ -45,7 +45,7 @@ from transformers import (
 )
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from reelbatch.repair import hunyuan_video15
+from reelbatch.repair import hunyuan_video15, hunyuan_video15_pipeline
 from reelbatch.repair.fix import CannotRepair, Undo, same_source, source_digest
 from reelbatch.repair.reclass import reclass
 
@@ -380,7 +380,7 @@ class TestUndo:
 
 
 class TestRefusal:
-    SOURCES = hunyuan_video15.TRANSFORMER_SOURCE + hunyuan_video15.VAE_SOURCE
+    SOURCES = hunyuan_video15.TRANSFORMER_SOURCE + hunyuan_video15_pipeline.VAE_SOURCE
 
     @pytest.mark.parametrize(("owner", "name", "digest"), SOURCES, ids=lambda value: getattr(value, "__name__", ""))
     def test_changed_source(self, transformer, vae, monkeypatch, owner, name, digest):

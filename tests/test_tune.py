@@ -21,7 +21,8 @@ from typer.testing import CliRunner
 
 from reelbatch.cli import app
 from reelbatch.loading.inspection import ModelInfo, inspect
-from reelbatch.loading.load import Components, load
+from reelbatch.loading.load import load
+from reelbatch.loading.model import Model
 from reelbatch.loading.precision import Precision
 from reelbatch.memory.estimate import Network, VideoShape, plan
 from reelbatch.request import RequestError, VideoRequest
@@ -51,7 +52,7 @@ def info(tiny_folder: Path) -> ModelInfo:
 
 
 @pytest.fixture(scope="module")
-def components(tiny_folder: Path) -> Components:
+def components(tiny_folder: Path) -> Model:
     return load(tiny_folder, "cpu", "float32")
 
 
@@ -352,7 +353,7 @@ def test_flops_are_those_of_the_matrix_products() -> None:
 # -- measuring -------------------------------------------------------------------------------------
 
 
-def test_a_run_tells_its_steps_its_decoding_and_its_videos(components: Components, info: ModelInfo) -> None:
+def test_a_run_tells_its_steps_its_decoding_and_its_videos(components: Model, info: ModelInfo) -> None:
     requests = workload.of_shape(info, {}, 4).take(3)
     seen = observe(components, requests, "packed", 3)
     assert len(seen.steps) == 3
@@ -364,7 +365,7 @@ def test_a_run_tells_its_steps_its_decoding_and_its_videos(components: Component
 
 
 def test_a_batch_that_the_engine_had_to_divide_does_not_count(
-    components: Components, info: ModelInfo, monkeypatch: pytest.MonkeyPatch
+    components: Model, info: ModelInfo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _little_memory(components, 2, monkeypatch)
     requests = workload.of_shape(info, {}, 4).take(4)
@@ -373,16 +374,16 @@ def test_a_batch_that_the_engine_had_to_divide_does_not_count(
     observe(components, requests[:2], "exact", 2)
 
 
-def _little_memory(components: Components, samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def _little_memory(components: Model, samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A device on which no more than so many samples fit into a step."""
-    forward = components.transformer.forward
+    forward = components.family.transformer.forward
 
     def limited(*args, packs, **kwargs):
         if sum(map(len, packs)) > samples:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(*args, packs=packs, **kwargs)
 
-    monkeypatch.setattr(components.transformer, "forward", limited)
+    monkeypatch.setattr(components.family.transformer, "forward", limited)
 
 
 def small(info: ModelInfo, largest: int = 4, **fields) -> workload.Workload:
@@ -390,7 +391,7 @@ def small(info: ModelInfo, largest: int = 4, **fields) -> workload.Workload:
 
 
 def test_a_sweep_measures_both_isolations_and_exact_is_equal_to_the_bit(
-    components: Components, info: ModelInfo
+    components: Model, info: ModelInfo
 ) -> None:
     swept = Sweep(components, small(info), budget=1000, largest=3, clock=Clock()).run()
     keys = {(p.isolation, p.batch) for p in swept.points}
@@ -415,7 +416,7 @@ def test_a_sweep_measures_both_isolations_and_exact_is_equal_to_the_bit(
     assert swept.check.error == pytest.approx(swept.check.promised / swept.check.took - 1)
 
 
-def test_growing_stops_before_the_memory_limit(components: Components, info: ModelInfo) -> None:
+def test_growing_stops_before_the_memory_limit(components: Model, info: ModelInfo) -> None:
     found = Sweep(components, small(info), budget=1000, largest=8, memory_limit=2**20, clock=Clock()).run()
     assert {p.batch for p in found.points} == {1}
     assert found.choice.batch == 1
@@ -425,7 +426,7 @@ def test_growing_stops_before_the_memory_limit(components: Components, info: Mod
 
 
 def test_growing_stops_where_memory_ran_out_and_lives(
-    components: Components, info: ModelInfo, monkeypatch: pytest.MonkeyPatch
+    components: Model, info: ModelInfo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _little_memory(components, 2, monkeypatch)
     found = Sweep(components, small(info), budget=1000, largest=8, clock=Clock()).run()
@@ -434,14 +435,14 @@ def test_growing_stops_where_memory_ran_out_and_lives(
 
 
 def test_a_model_of_which_not_one_video_fits_is_said_to_be_so(
-    components: Components, info: ModelInfo, monkeypatch: pytest.MonkeyPatch
+    components: Model, info: ModelInfo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _little_memory(components, 0, monkeypatch)
     with pytest.raises(MemoryError, match="not even one video fits"):
         Sweep(components, small(info), budget=10).run()
 
 
-def test_the_budget_is_kept_and_one_alone_is_measured_whatever_it_is(components: Components, info: ModelInfo) -> None:
+def test_the_budget_is_kept_and_one_alone_is_measured_whatever_it_is(components: Model, info: ModelInfo) -> None:
     clock = Clock()
     told: list[News] = []
 
@@ -460,7 +461,7 @@ def test_the_budget_is_kept_and_one_alone_is_measured_whatever_it_is(components:
 
 
 def test_on_the_cpu_the_writing_of_files_is_part_of_what_a_video_takes(
-    components: Components, info: ModelInfo, monkeypatch: pytest.MonkeyPatch
+    components: Model, info: ModelInfo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("reelbatch.tune.sweep.write_seconds", lambda _: 100.0)
     found = Sweep(components, small(info), budget=1000, largest=2, clock=Clock()).run()
@@ -468,14 +469,14 @@ def test_on_the_cpu_the_writing_of_files_is_part_of_what_a_video_takes(
     assert all(point.last_video_seconds < 100 for point in found.points)
 
 
-def test_a_limit_of_latency_ends_the_growing(components: Components, info: ModelInfo) -> None:
+def test_a_limit_of_latency_ends_the_growing(components: Model, info: ModelInfo) -> None:
     found = Sweep(components, small(info), budget=10, limits=Limits(max_latency=1e-6), clock=Clock()).run()
     assert {p.batch for p in found.points} == {1}
     assert found.choice is None
     assert "--max-latency is 1e-06 s" in found.why_none
 
 
-def test_what_was_measured_is_kept_when_a_person_stops(components: Components, info: ModelInfo) -> None:
+def test_what_was_measured_is_kept_when_a_person_stops(components: Model, info: ModelInfo) -> None:
     stop = False
 
     def tell(news: News) -> None:
@@ -490,7 +491,7 @@ def test_what_was_measured_is_kept_when_a_person_stops(components: Components, i
         observe(components, small(info).take(1), "exact", 1, stopping=lambda: True)
 
 
-def test_a_mix_of_shapes_and_steps_is_measured_as_it_is(components: Components, info: ModelInfo) -> None:
+def test_a_mix_of_shapes_and_steps_is_measured_as_it_is(components: Model, info: ModelInfo) -> None:
     requests = [request(frames=5, steps=2), request(frames=9, steps=4), request(frames=5, steps=4, width=48)]
     mix = workload.of_mix([r.for_model(info.limits) for r in requests], "p.csv")
     found = Sweep(components, mix, budget=1000, largest=2, clock=Clock()).run()

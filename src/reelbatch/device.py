@@ -45,8 +45,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def free_memory() -> None:
-    """Gives back what nobody holds any more: a failed step's activations, and the device allocator's cache."""
+    """Gives back what nobody holds any more: a failed step's activations, and what the allocators keep."""
     gc.collect()
+    trim_heap()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
@@ -166,3 +167,8 @@ def device_name(device: torch.device | str) -> str:
         return torch.cuda.get_device_name(device)
     capability = torch.backends.cpu.get_cpu_capability()
     return f"{processor_name()}, {torch.get_num_threads()} threads, {capability}"
+
+
+def threads_of(device: torch.device) -> int | None:
+    """Threads that a CPU computes with, which changes the last bits of results; None for other devices."""
+    return torch.get_num_threads() if device.type == "cpu" else None

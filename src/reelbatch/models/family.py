@@ -84,7 +84,9 @@ class Family(Protocol):
     def branches(self, sample: SampleView) -> list[Branch]:
         """The guidance branches of a sample at its current step, the conditional one first."""
 
-    def velocities(self, packs: Sequence[Sequence[Branch]]) -> list[list[Float[Tensor, "channels frames height width"]]]:
+    def velocities(
+        self, packs: Sequence[Sequence[Branch]]
+    ) -> list[list[Float[Tensor, "channels frames height width"]]]:
         """The transformer's output for each branch; the branches of a pack share every matrix product."""
 
     def tile_side(self, request: VideoRequest) -> int | None:

@@ -19,7 +19,7 @@ import torch
 import typer
 
 from reelbatch.loading.hub import DEMO_FOLDER
-from reelbatch.models.branch import Branch
+from reelbatch.models.hunyuan_video.branch import Branch
 from reelbatch.models.hunyuan_video.transformer import HunyuanVideoTransformer3DModel
 
 RESULTS = Path(__file__).parent / "results"

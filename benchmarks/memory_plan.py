@@ -151,7 +151,7 @@ def measure(case: Case, folder: Path) -> dict[str, int]:
 
     engine = Engine.from_pretrained(str(folder), device="cpu", dtype=case.dtype, isolation=case.isolation)  # type: ignore[arg-type]
     ended("load")
-    decoder = engine.components.decoder
+    decoder = engine.components.family.decoder
     decode, decoded = decoder.decode, []
 
     def decode_some(latents: torch.Tensor) -> torch.Tensor:
@@ -166,7 +166,7 @@ def measure(case: Case, folder: Path) -> dict[str, int]:
 
     decoder.decode = decode_some  # type: ignore[method-assign]
     engine.on_progress = watch
-    engine.components.transformer.register_forward_pre_hook(lambda *_: ended("text"))
+    engine.components.family.transformer.register_forward_pre_hook(lambda *_: ended("text"))
     guided = {"negative_prompt": "", "true_cfg": 2.0}
     engine.generate(
         [

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from reelbatch.device import device_name
 from reelbatch.loading.hub import resolve
-from reelbatch.models.hunyuan_video.text import Conditioning
+from reelbatch.models.hunyuan_video.text import TextStates
 from reelbatch.models.hunyuan_video.transformer import HunyuanVideoTransformer3DModel
 from reelbatch.train.flow_matching import TIMESTEPS, Example, flow_matching_loss
 
@@ -67,7 +67,7 @@ def samples(shapes: Sequence[tuple[int, int, int]], config, device: str) -> tupl
     examples = [
         Example(
             draw(config.in_channels, *shape),
-            Conditioning(draw(text, config.text_embed_dim), draw(config.pooled_projection_dim)),
+            TextStates(draw(text, config.text_embed_dim), draw(config.pooled_projection_dim)),
         )
         for shape, text in zip(shapes, TEXT, strict=True)
     ]

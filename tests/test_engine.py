@@ -17,7 +17,8 @@ from reelbatch import Video, VideoRequest
 from reelbatch.engine import flow
 from reelbatch.engine.engine import Cancelled, Engine, FailedRequests, Failure, Progress
 from reelbatch.engine.planner import Planner
-from reelbatch.loading.load import Components, load
+from reelbatch.loading.load import load
+from reelbatch.loading.model import Model
 
 WORDS = [
     "a",
@@ -55,21 +56,21 @@ UNIQUE_REQUESTS = st.lists(REQUESTS, min_size=1, max_size=5, unique_by=lambda re
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def components(request: pytest.FixtureRequest, tiny_folder: Path) -> Components:
+def components(request: pytest.FixtureRequest, tiny_folder: Path) -> Model:
     return load(tiny_folder, "cpu", request.param)
 
 
 @pytest.fixture(scope="module")
-def fp32(tiny_folder: Path) -> Components:
+def fp32(tiny_folder: Path) -> Model:
     return load(tiny_folder, "cpu", torch.float32)
 
 
-def make(components: Components, requests: Iterable[VideoRequest], **options) -> dict[str, Video]:
+def make(components: Model, requests: Iterable[VideoRequest], **options) -> dict[str, Video]:
     engine = Engine(components, keep_latents=True, **options)
     return {video.request.id: video for video in engine.generate(list(requests))}
 
 
-def alone(components: Components, request: VideoRequest, **options) -> Video:
+def alone(components: Model, request: VideoRequest, **options) -> Video:
     return make(components, [request], **options)[request.id]
 
 
@@ -95,7 +96,7 @@ def assert_bit_identical(found: Video, expected: Video) -> None:
     order=st.randoms(use_true_random=False),
 )
 def test_exact_gives_every_request_bit_for_bit_what_it_gives_alone(
-    components: Components, requests: list[VideoRequest], batch: int, tokens: int | None, joins: list[int], order
+    components: Model, requests: list[VideoRequest], batch: int, tokens: int | None, joins: list[int], order
 ) -> None:
     order.shuffle(requests)
     engine = Engine(components, max_batch_size=batch, max_batch_tokens=tokens, keep_latents=True)
@@ -116,7 +117,7 @@ def test_exact_gives_every_request_bit_for_bit_what_it_gives_alone(
 
 @settings(max_examples=12, deadline=None)
 @given(requests=UNIQUE_REQUESTS)
-def test_packed_equals_the_request_alone_to_rounding(fp32: Components, requests: list[VideoRequest]) -> None:
+def test_packed_equals_the_request_alone_to_rounding(fp32: Model, requests: list[VideoRequest]) -> None:
     for id, video in make(fp32, requests, isolation="packed").items():
         expected = alone(fp32, next(request for request in requests if request.id == id))
         assert video.latents is not None and expected.latents is not None
@@ -125,7 +126,7 @@ def test_packed_equals_the_request_alone_to_rounding(fp32: Components, requests:
         assert np.abs(video.frames.astype(int) - expected.frames).max() <= 1
 
 
-def test_threads_do_not_make_a_batch_differ_from_its_samples_alone(components: Components) -> None:
+def test_threads_do_not_make_a_batch_differ_from_its_samples_alone(components: Model) -> None:
     requests = [
         simple(i, height=32, width=16 * (1 + i % 2), frames=5, steps=2, prompt=" ".join(WORDS[: 3 + i]))
         for i in range(3)
@@ -169,7 +170,7 @@ def reference_frames(pipeline: HunyuanVideoPipeline, request: VideoRequest) -> n
 
 @pytest.mark.parametrize("isolation", ["exact", "packed"])
 def test_latents_after_20_steps_are_the_pipelines(
-    fp32: Components, tiny_pipeline: HunyuanVideoPipeline, isolation: str
+    fp32: Model, tiny_pipeline: HunyuanVideoPipeline, isolation: str
 ) -> None:
     sizes = {"height": 32, "width": 48, "frames": 9, "steps": 20, "guidance": 6.0}
     requests = [
@@ -204,19 +205,19 @@ def test_sigmas_and_timesteps_are_the_schedulers(steps: int, shift: float) -> No
 # -- one request's trouble is its own --------------------------------------------------------------
 
 
-def failing_on(components: Components, monkeypatch: pytest.MonkeyPatch, guidance: float, error: Exception) -> None:
+def failing_on(components: Model, monkeypatch: pytest.MonkeyPatch, guidance: float, error: Exception) -> None:
     """The transformer raises whenever a request of this guidance is in the batch."""
-    forward = components.transformer.forward
+    forward = components.family.transformer.forward
 
     def failing(packs, **kwargs):
         if any(float(branch.guidance) == guidance * 1000 for pack in packs for branch in pack):
             raise error
         return forward(packs=packs, **kwargs)
 
-    monkeypatch.setattr(components.transformer, "forward", failing)
+    monkeypatch.setattr(components.family.transformer, "forward", failing)
 
 
-def test_a_request_that_fails_in_a_step_ends_alone(fp32: Components, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_that_fails_in_a_step_ends_alone(fp32: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     good = [simple(i) for i in range(4)]
     expected = make(fp32, good)
     failing_on(fp32, monkeypatch, 3.0, RuntimeError("bad adapter"))
@@ -230,7 +231,7 @@ def test_a_request_that_fails_in_a_step_ends_alone(fp32: Components, monkeypatch
 
 
 @pytest.mark.parametrize("isolation", ["exact", "packed"])
-def test_latents_that_overflow_end_their_request_alone(fp32: Components, isolation: str) -> None:
+def test_latents_that_overflow_end_their_request_alone(fp32: Model, isolation: str) -> None:
     broken = simple(9, negative_prompt="", true_cfg=1e38)
     engine = Engine(fp32, isolation=isolation)
     with pytest.raises(FailedRequests, match="'r9' are no longer finite after step") as raised:
@@ -238,30 +239,30 @@ def test_latents_that_overflow_end_their_request_alone(fp32: Components, isolati
     assert [video.request.id for video in raised.value.videos] == ["r0", "r1"]
 
 
-def test_a_request_that_cannot_be_decoded_ends_alone(fp32: Components, monkeypatch: pytest.MonkeyPatch) -> None:
-    decode = fp32.decoder.decode
+def test_a_request_that_cannot_be_decoded_ends_alone(fp32: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = fp32.family.decode
 
-    def failing(latents):
+    def failing(latents, tile_side):
         if latents.shape[1] == 1:
             raise RuntimeError("undecodable")
-        return decode(latents)
+        return decode(latents, tile_side)
 
-    monkeypatch.setattr(fp32.decoder, "decode", failing)
+    monkeypatch.setattr(fp32.family, "decode", failing)
     with pytest.raises(FailedRequests) as raised:
         Engine(fp32).generate([simple(0), simple(1, frames=1), simple(2)])
     assert [failure.request.id for failure in raised.value.failures] == ["r1"]
     assert [video.request.id for video in raised.value.videos] == ["r0", "r2"]
 
 
-def test_a_request_that_cannot_be_encoded_ends_alone(fp32: Components, monkeypatch: pytest.MonkeyPatch) -> None:
-    encode = fp32.text.encode
+def test_a_request_that_cannot_be_encoded_ends_alone(fp32: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode = fp32.family.text.encode
 
     def failing(prompt, prompt_2=None):
         if prompt == "cat":
             raise RuntimeError("no such words")
         return encode(prompt, prompt_2)
 
-    monkeypatch.setattr(fp32.text, "encode", failing)
+    monkeypatch.setattr(fp32.family.text, "encode", failing)
     with pytest.raises(FailedRequests) as raised:
         Engine(fp32).generate([simple(0), simple(1, prompt="cat"), simple(2)])
     assert [failure.request.id for failure in raised.value.failures] == ["r1"]
@@ -269,23 +270,23 @@ def test_a_request_that_cannot_be_encoded_ends_alone(fp32: Components, monkeypat
 
 
 def test_a_step_too_large_for_memory_is_split_and_nothing_is_lost(
-    fp32: Components, monkeypatch: pytest.MonkeyPatch
+    fp32: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requests = [simple(i, steps=2 + i % 3) for i in range(5)]
     expected = make(fp32, requests)
-    forward = fp32.transformer.forward
+    forward = fp32.family.transformer.forward
 
     def small_memory(packs, **kwargs):
         if sum(len(pack) for pack in packs) > 2:
             raise torch.OutOfMemoryError("out of memory")
         return forward(packs=packs, **kwargs)
 
-    monkeypatch.setattr(fp32.transformer, "forward", small_memory)
+    monkeypatch.setattr(fp32.family.transformer, "forward", small_memory)
     for id, video in make(fp32, requests).items():
         assert_bit_identical(video, expected[id])
 
 
-def test_cancelling_ends_one_request_and_leaves_the_others_as_they_were(fp32: Components) -> None:
+def test_cancelling_ends_one_request_and_leaves_the_others_as_they_were(fp32: Model) -> None:
     requests = [simple(i, steps=4) for i in range(4)]
     expected = make(fp32, requests)
     engine = Engine(fp32, max_batch_size=3, keep_latents=True)
@@ -304,7 +305,7 @@ def test_cancelling_ends_one_request_and_leaves_the_others_as_they_were(fp32: Co
     assert len(ended) == 4
 
 
-def test_should_cancel_is_asked_for_each_request_before_each_step(fp32: Components) -> None:
+def test_should_cancel_is_asked_for_each_request_before_each_step(fp32: Model) -> None:
     engine = Engine(fp32)
     steps = {"r0": 0, "r1": 0}
     engine.on_progress = lambda progress: steps.update({progress.id: progress.step})
@@ -317,7 +318,7 @@ def test_should_cancel_is_asked_for_each_request_before_each_step(fp32: Componen
 # -- how it goes about it --------------------------------------------------------------------------
 
 
-def test_a_short_video_leaves_while_a_long_one_goes_on_and_another_takes_its_place(fp32: Components) -> None:
+def test_a_short_video_leaves_while_a_long_one_goes_on_and_another_takes_its_place(fp32: Model) -> None:
     engine = Engine(fp32, max_batch_size=2)
     seen: list[Progress] = []
     engine.on_progress = seen.append
@@ -332,21 +333,20 @@ def test_a_short_video_leaves_while_a_long_one_goes_on_and_another_takes_its_pla
 
 
 def test_decoding_beside_the_next_steps_gives_the_same_videos(
-    fp32: Components, monkeypatch: pytest.MonkeyPatch
+    fp32: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requests = [simple(i, steps=1 + i, frames=(1, 5, 9)[i % 3]) for i in range(5)]
     expected = make(fp32, requests)
-    decode, stepped, threads = fp32.decoder.decode, threading.Event(), []
+    decode, stepped, threads = fp32.family.decode, threading.Event(), []
 
-    def beside(latents):
+    def beside(latents, tile_side):
         threads.append(threading.current_thread())
         if threads[-1] is not threading.main_thread():
             assert stepped.wait(60)  # the first decode ends only after a step that was taken meanwhile
-        return decode(latents)
+        return decode(latents, tile_side)
 
-    monkeypatch.setattr(fp32.decoder, "decode", beside)
-    engine = Engine(fp32, max_batch_size=2, keep_latents=True)
-    engine.decode_beside = 2
+    monkeypatch.setattr(fp32.family, "decode", beside)
+    engine = Engine(fp32, max_batch_size=2, keep_latents=True, decode_beside=2)
     engine.on_progress = lambda progress: stepped.set() if (progress.id, progress.step) == ("r2", 1) else None
     ended = {video.request.id: video for video in engine.generate(requests)}
     assert len(threads) == 5 and threading.main_thread() not in threads
@@ -354,7 +354,7 @@ def test_decoding_beside_the_next_steps_gives_the_same_videos(
         assert_bit_identical(video, expected[id])
 
 
-def test_a_video_tells_where_it_came_from(fp32: Components) -> None:
+def test_a_video_tells_where_it_came_from(fp32: Model) -> None:
     video = make(fp32, [simple(i) for i in range(3)])["r1"]
     assert video.request.height == fp32.limits.defaults.height
     assert video.provenance["isolation"] == "exact"
@@ -363,29 +363,27 @@ def test_a_video_tells_where_it_came_from(fp32: Components) -> None:
     assert video.provenance["seconds"]["denoise"] > 0
 
 
-def test_a_separate_prompt_for_clip_is_used(fp32: Components) -> None:
+def test_a_separate_prompt_for_clip_is_used(fp32: Model) -> None:
     plain, other = alone(fp32, simple(0)), alone(fp32, simple(0, prompt_2="horse running in the night"))
     assert plain.latents is not None and other.latents is not None
     assert not torch.equal(plain.latents, other.latents)
 
 
-def test_two_requests_of_one_id_are_refused(fp32: Components) -> None:
+def test_two_requests_of_one_id_are_refused(fp32: Model) -> None:
     engine = Engine(fp32)
     engine.submit(simple(0))
     with pytest.raises(ValueError, match="'r0', which another request in line has"):
         engine.submit(simple(0))
 
 
-def test_an_id_is_free_again_once_its_request_has_ended(fp32: Components) -> None:
+def test_an_id_is_free_again_once_its_request_has_ended(fp32: Model) -> None:
     engine = Engine(fp32)
     engine.generate([simple(0)])
     engine.submit(simple(0))
-    with pytest.raises(ValueError, match="1 submitted requests are in line"):
-        engine.generate([simple(1)])
     assert [end.request.id for end in engine.run()] == ["r0"]
 
 
-def test_an_unknown_isolation_is_refused(fp32: Components) -> None:
+def test_an_unknown_isolation_is_refused(fp32: Model) -> None:
     with pytest.raises(ValueError, match="'exact' or 'packed'"):
         Engine(fp32, isolation="padded")  # type: ignore[arg-type]
 

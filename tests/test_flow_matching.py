@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from reelbatch.models.hunyuan_video.text import Conditioning
+from reelbatch.models.hunyuan_video.text import TextStates
 from reelbatch.models.hunyuan_video.transformer import HunyuanVideoTransformer3DModel
 from reelbatch.train.flow_matching import Example, draw_sigmas, flow_matching_loss, shift
 
@@ -23,7 +23,7 @@ def example(seed: int, frames: int, text: int) -> Example:
     generator = torch.Generator().manual_seed(seed)
     latents = torch.randn(CONFIG["in_channels"], frames, 4, 6, generator=generator)
     states = torch.randn(text, CONFIG["text_embed_dim"], generator=generator)
-    return Example(latents, Conditioning(states, torch.randn(CONFIG["pooled_projection_dim"], generator=generator)))
+    return Example(latents, TextStates(states, torch.randn(CONFIG["pooled_projection_dim"], generator=generator)))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

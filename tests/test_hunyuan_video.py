@@ -16,7 +16,7 @@ from peft import LoraConfig
 from probes import LargestTensor
 from torch import Tensor
 
-from reelbatch.models.branch import Branch
+from reelbatch.models.hunyuan_video.branch import Branch
 from reelbatch.models.hunyuan_video.transformer import HunyuanVideoTransformer3DModel
 
 TEXT_TOKENS = 24  # the padded length that the reference is given

@@ -364,14 +364,14 @@ def test_files_that_vanish_or_change_are_made_again(folder: Folder) -> None:
 
 def test_a_request_that_fails_is_told_and_can_be_tried_again(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     requests = asked(folder.engine, 4)
-    encode = folder.engine.components.text.encode
+    encode = folder.engine.components.family.text.encode
 
     def broken(prompt: str, prompt_2: str | None = None) -> Any:
         if prompt == "a cat 2":
             raise RuntimeError("the tokenizer is on fire")
         return encode(prompt, prompt_2)
 
-    monkeypatch.setattr(folder.engine.components.text, "encode", broken)
+    monkeypatch.setattr(folder.engine.components.family.text, "encode", broken)
     outcomes = folder.make(requests)
     assert [str(outcome.error) for outcome in outcomes if outcome.error] == ["the tokenizer is on fire"]
     failed = next(row for row in folder.manifest.rows() if row.state == "failed")
@@ -407,7 +407,7 @@ def test_the_writer_holds_the_engine_back_rather_than_piling_frames_up(
     folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[Path] = []
-    put_in_place, decode, finished = Aside.put_in_place, folder.engine.components.decoder.decode, [0]
+    put_in_place, decode, finished = Aside.put_in_place, folder.engine.components.family.decoder.decode, [0]
 
     def slow(self: Aside, *options: bool) -> None:
         time.sleep(0.05)
@@ -420,7 +420,7 @@ def test_the_writer_holds_the_engine_back_rather_than_piling_frames_up(
         return decode(latents)
 
     monkeypatch.setattr(Aside, "put_in_place", slow)
-    monkeypatch.setattr(folder.engine.components.decoder, "decode", counting)
+    monkeypatch.setattr(folder.engine.components.family.decoder, "decode", counting)
     folder.engine.planner.max_batch_size = 1
     folder.engine.decode_beside = run_room.DECODE_BESIDE
     folder.make(asked(folder.engine, 14, steps=1, frames=1, height=16, width=16))

@@ -92,9 +92,9 @@ def test_verdict_compares_with_the_device(tiny_folder, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_load(tiny_folder, tiny_pipeline, dtype):
     components = load(tiny_folder, "cpu", dtype)
-    text, vae = components.text, components.decoder.vae
+    text, vae = components.family.text, components.family.decoder.vae
     for network, reference in (
-        (components.transformer, tiny_pipeline.transformer),
+        (components.family.transformer, tiny_pipeline.transformer),
         (vae, tiny_pipeline.vae),
         (text.llama, tiny_pipeline.text_encoder),
         (text.clip, tiny_pipeline.text_encoder_2),
@@ -107,8 +107,8 @@ def test_load(tiny_folder, tiny_pipeline, dtype):
         assert {parameter.dtype for parameter in network.parameters()} == {dtype}
         assert not any(parameter.requires_grad for parameter in network.parameters())
     assert text.crop_start == 95
-    assert (components.flow_shift, components.vocabulary) == (7.0, None)
-    assert components.decoder.tile_above_bytes > 2**20
+    assert (components.family.flow_shift, components.vocabulary) == (7.0, None)
+    assert components.family.decoder.tile_above_bytes > 2**20
 
 
 def test_auto_is_float32_on_the_cpu_and_bfloat16_on_cuda():
@@ -285,7 +285,7 @@ def test_profile(folder):
     assert components.vocabulary == {"a", "red", "cat"}
     defaults = components.limits.defaults
     assert (defaults.height, defaults.width, defaults.frames, defaults.steps) == (48, 64, 5, 50)
-    assert len(components.text.encode("a red cat").text) == 4
+    assert len(components.family.text.encode("a red cat").text) == 4
 
 
 def test_folder_without_profile_has_hunyuanvideos_defaults(folder):

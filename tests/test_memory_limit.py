@@ -32,7 +32,7 @@ def holds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def estimate(engine: Engine, shapes: list) -> int:
-    transformer = engine.components.transformer
+    transformer = engine.components.family.transformer
     return HELD + step_peak_bytes(transformer.config, shapes, transformer.dtype, engine.isolation)
 
 
@@ -53,7 +53,7 @@ def test_no_step_is_estimated_above_the_limit_and_every_video_is_made(tiny_folde
         seen.append(len(engine._running))
         assert estimate(engine, [sample.shapes for sample in engine._running]) <= limit
 
-    handle = components.transformer.register_forward_pre_hook(watch)
+    handle = components.family.transformer.register_forward_pre_hook(watch)
     try:
         made = engine.generate(requests(7))
     finally:
@@ -104,7 +104,7 @@ def test_the_vae_decodes_in_tiles_what_would_overrun_the_limit(tiny_folder: Path
     components = load(tiny_folder, "cpu", torch.float32)
     request = VideoRequest(prompt="a cat", height=512, width=512, frames=1, steps=1)
     shape = Engine(components)._latent_shape(request)
-    whole = decode_peak_bytes(components.decoder.vae.config, shape, torch.float32)
+    whole = decode_peak_bytes(components.family.decoder.vae.config, shape, torch.float32)
     (video,) = Engine(components, max_memory=HELD + whole - 1).generate([request])
     assert video.provenance["vae_tiles"] is True
     (video,) = Engine(components, max_memory=HELD + whole).generate([request])
@@ -115,7 +115,7 @@ def test_the_vae_decodes_in_tiles_what_would_overrun_the_limit(tiny_folder: Path
 def test_one_fetch_of_the_weights_serves_the_whole_batch(tiny_folder: Path, tmp_path: Path, isolation: str) -> None:
     components = load(tiny_folder, "cpu", torch.float32)
     expected = Engine(components, isolation=isolation, max_batch_size=8).generate(requests(8, steps=2))
-    networks = {"transformer": components.transformer}
+    networks = {"transformer": components.family.transformer}
     offload(networks, torch.device("cpu"), "disk", tmp_path)
     fetched = {}
     for batch in (1, 2, 4, 8):
@@ -126,7 +126,7 @@ def test_one_fetch_of_the_weights_serves_the_whole_batch(tiny_folder: Path, tmp_
         assert fetched[batch] == pytest.approx(fetched[1] / batch)
     for video, undisturbed in zip(made, expected, strict=True):
         assert np.array_equal(video.frames, undisturbed.frames)
-    blocks = [*components.transformer.transformer_blocks, *components.transformer.single_transformer_blocks]
+    blocks = [*components.family.transformer.transformer_blocks, *components.family.transformer.single_transformer_blocks]
     assert fetched[8] * 8 >= 2 * sum(p.nbytes for block in blocks for p in block.parameters())
 
 

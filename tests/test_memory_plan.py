@@ -36,7 +36,7 @@ from reelbatch.memory.estimate import (
     step_peak_bytes,
     text_peak_bytes,
 )
-from reelbatch.models.branch import Branch
+from reelbatch.models.hunyuan_video.branch import Branch
 from reelbatch.models.hunyuan_video.transformer import HunyuanVideoTransformer3DModel
 from reelbatch.models.hunyuan_video.vae import VideoDecoder
 from reelbatch.models.layers import BranchShape, make_layout, rotary_table

@@ -25,7 +25,8 @@ from reelbatch.engine.engine import TEXT_WINDOW, Engine, Failure
 from reelbatch.loading import load as checkpoint
 from reelbatch.loading.hub import ModelFolderError
 from reelbatch.loading.inspection import inspect
-from reelbatch.loading.load import Components, load
+from reelbatch.loading.load import load
+from reelbatch.loading.model import Model
 from reelbatch.memory import placement as offload_room
 from reelbatch.memory.estimate import step_peak_bytes
 from reelbatch.memory.placement import Residence, check_offload, counting_fetches, offloads, streamed
@@ -48,20 +49,20 @@ def same(ours: list, theirs: list) -> bool:
 
 
 @pytest.fixture(scope="module")
-def whole(tiny_folder: Path) -> Components:
+def whole(tiny_folder: Path) -> Model:
     return load(tiny_folder, "cpu", "float32")
 
 
 @pytest.fixture
-def by_component(tiny_folder: Path) -> Components:
+def by_component(tiny_folder: Path) -> Model:
     """A model whose parts are told to come and to go, as on a GPU, and have nowhere to go."""
     components = load(tiny_folder, "cpu", "float32")
     residence = Residence(CPU, "component")
     for name, network in {
-        "text_encoder": components.text.llama,
-        "text_encoder_2": components.text.clip,
-        "transformer": components.transformer,
-        "vae": components.decoder.vae,
+        "text_encoder": components.family.text.llama,
+        "text_encoder_2": components.family.text.clip,
+        "transformer": components.family.transformer,
+        "vae": components.family.decoder.vae,
     }.items():
         residence.take(name, network, torch.float32)
     return replace(components, residence=residence)
@@ -94,13 +95,13 @@ def test_weights_stored_in_another_dtype_are_cast_as_loading_casts_them(tiny_fol
         save_file({name: tensor.half() for name, tensor in load_file(file).items()}, file, {"format": "pt"})
     options = {"device": "cpu", "dtype": "float32", "keep_latents": True}
     engine = Engine.from_pretrained(str(folder), **options, offload="block")
-    dtypes = {parameter.dtype for parameter in engine.components.transformer.parameters()}
+    dtypes = {parameter.dtype for parameter in engine.components.family.transformer.parameters()}
     assert dtypes == {torch.float32}
     assert same(engine.generate(requests()), Engine.from_pretrained(str(folder), **options).generate(requests()))
 
 
 def test_component_by_component_one_part_is_there_while_it_works(
-    by_component: Components, whole: Components, monkeypatch: pytest.MonkeyPatch
+    by_component: Model, whole: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     residence, entered = by_component.residence, []
     enter = Residence.enter
@@ -203,14 +204,14 @@ def test_memory_falls_by_the_blocks_that_are_not_at_work(heavy_folder: Path) -> 
 
 
 def test_a_memory_limit_counts_the_weights_that_come_for_a_step(
-    tiny_folder: Path, by_component: Components, monkeypatch: pytest.MonkeyPatch
+    tiny_folder: Path, by_component: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held, engines = 3 * 2**30, []
     monkeypatch.setattr("reelbatch.engine.engine.held_bytes", lambda device: held)
     for components in (by_component, load(tiny_folder, "cpu", "float32", offload="block")):
         engine = Engine(components, max_memory=2**40)
         shapes = engine._shapes_at_most(requests()[0].for_model(engine.limits))
-        step = step_peak_bytes(components.transformer.config, [tuple(shapes)], torch.float32, "exact")
+        step = step_peak_bytes(components.family.transformer.config, [tuple(shapes)], torch.float32, "exact")
         engines.append(engine._step_bytes(shapes) - held - step)
     total = sum(parameter.numel() * 4 for parameter in by_component.transformer.parameters())
     assert engines[0] == total
@@ -223,7 +224,7 @@ def test_a_memory_limit_counts_the_weights_that_come_for_a_step(
 # -- out of memory ---------------------------------------------------------------------------------
 
 
-def test_a_network_that_is_streamed_for_a_while_is_as_before_afterwards(whole: Components) -> None:
+def test_a_network_that_is_streamed_for_a_while_is_as_before_afterwards(whole: Model) -> None:
     forward, transformer = Engine(whole, keep_latents=True).generate, whole.transformer
     expected = forward(requests())
     before = dict(transformer.named_parameters())
@@ -238,12 +239,12 @@ def test_a_network_that_is_streamed_for_a_while_is_as_before_afterwards(whole: C
 
 
 def test_a_step_that_fits_only_block_by_block_is_done_so(
-    whole: Components, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    whole: Model, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     only = requests()[:1]
     expected = Engine(whole, keep_latents=True).generate(only)
     streaming: list[bool] = []
-    monkeypatch.setattr(Components, "elsewhere", lambda self, *parts: streamed(torch.nn.Identity(), CPU))
+    monkeypatch.setattr(Model, "elsewhere", lambda self, *parts: streamed(torch.nn.Identity(), CPU))
     engine = Engine(whole, keep_latents=True)
     forward = engine._forward
 
@@ -278,7 +279,7 @@ def test_a_lora_works_on_weights_that_wait_on_disk(tiny_folder: Path) -> None:
     for kind in ("none", "block"):
         engine = Engine.from_pretrained(str(tiny_folder), device="cpu", keep_latents=True, offload=kind)
         plain = engine.generate(requests())
-        transformer = engine.components.transformer
+        transformer = engine.components.family.transformer
         torch.manual_seed(0)
         transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "proj_mlp"], init_lora_weights=False))
         made.append(engine.generate(requests()))
@@ -294,13 +295,13 @@ def test_backends_and_the_refusal_of_step_caches_are_as_without(tiny_folder: Pat
     assert engine.info["attention"] == "math"
     assert same(engine.generate(requests()), Engine.from_pretrained(str(tiny_folder), **options).generate(requests()))
     with pytest.raises(NotImplementedError, match="a step cache decides once"):
-        engine.components.transformer.enable_cache(object())
+        engine.components.family.transformer.enable_cache(object())
 
 
 def test_eight_bit_weights_come_block_by_block_from_memory(tiny_folder: Path) -> None:
     components = load(tiny_folder, "cpu", "int8")
     expected = Engine(components, keep_latents=True).generate(requests())
-    with streamed(components.transformer, CPU):
+    with streamed(components.family.transformer, CPU):
         assert same(Engine(components, keep_latents=True).generate(requests()), expected)
 
 
@@ -347,7 +348,7 @@ def test_a_model_that_does_not_fit_whole_may_fit_in_blocks(tiny_folder: Path, mo
     with pytest.raises(ModelFolderError, match="offload, a dtype of fewer bytes or a larger device is needed"):
         load(tiny_folder, "cpu", "float32")
     components = load(tiny_folder, "cpu", "float32", offload="block")
-    assert components.decoder.tile_above_bytes == (total - 1) // 2
+    assert components.family.decoder.tile_above_bytes == (total - 1) // 2
     monkeypatch.setattr(checkpoint, "device_memory_bytes", lambda device: 1000)
     assert not info.fits("cpu", "float32", "block")
     assert device_memory_bytes("cpu") > total
@@ -357,7 +358,7 @@ def test_a_model_that_does_not_fit_whole_may_fit_in_blocks(tiny_folder: Path, mo
 
 
 @pytest.fixture
-def visits(by_component: Components) -> Iterator[list[list[int]]]:
+def visits(by_component: Model) -> Iterator[list[list[int]]]:
     """Lengths of the prompts that Llama reads, visit by visit of the text encoders."""
     found: list[list[int]] = []
     residence = by_component.residence
@@ -381,7 +382,7 @@ def visits(by_component: Components) -> Iterator[list[list[int]]]:
     handle.remove()
 
 
-def test_five_seeds_of_a_prompt_are_one_encoding(by_component: Components, visits: list[list[int]]) -> None:
+def test_five_seeds_of_a_prompt_are_one_encoding(by_component: Model, visits: list[list[int]]) -> None:
     five = [VideoRequest(prompt="a red cat", seed=i, id=f"r{i}", steps=1, frames=5) for i in range(5)]
     engine = Engine(by_component, max_batch_size=2, keep_latents=True)
     made = engine.generate(five)
@@ -391,7 +392,7 @@ def test_five_seeds_of_a_prompt_are_one_encoding(by_component: Components, visit
 
 
 def test_the_texts_of_the_next_in_line_are_encoded_in_one_visit(
-    by_component: Components, whole: Components, visits: list[list[int]]
+    by_component: Model, whole: Model, visits: list[list[int]]
 ) -> None:
     count = TEXT_WINDOW + 4
     many = [VideoRequest(prompt=f"cat {i}", seed=i, id=f"r{i}", steps=1, frames=1) for i in range(count)]
@@ -402,7 +403,7 @@ def test_the_texts_of_the_next_in_line_are_encoded_in_one_visit(
 
 @pytest.mark.parametrize("error", [ValueError("no such word"), MemoryError()])
 def test_a_text_that_fails_fails_its_request_alone_and_at_its_turn(
-    by_component: Components, whole: Components, monkeypatch: pytest.MonkeyPatch, error: Exception
+    by_component: Model, whole: Model, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     names = ["a cat", "a bad dog", "a star", "a circle"]
     four = [VideoRequest(prompt=p, seed=i, id=f"r{i}", steps=1, frames=1) for i, p in enumerate(names)]

@@ -84,9 +84,9 @@ def test_every_video_of_a_batch_is_the_one_it_is_alone(tiny_folder: Path, asked:
 
 def test_each_part_is_loaded_in_its_own_dtype(tiny_folder: Path) -> None:
     components = load(tiny_folder, "cpu", "transformer=bf16,vae=fp16,text=fp32")
-    assert components.transformer.dtype == BF16
-    assert components.decoder.vae.dtype == FP16
-    assert components.text.llama.dtype == components.text.clip.dtype == FP32
+    assert components.family.transformer.dtype == BF16
+    assert components.family.decoder.vae.dtype == FP16
+    assert components.family.text.llama.dtype == components.family.text.clip.dtype == FP32
 
 
 def test_eight_bit_weights_take_one_byte_and_change_little(tiny_folder: Path) -> None:

@@ -34,7 +34,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("attention",),
     ("ragged", "video", "geometry"),
     ("request",),
-    ("device", "versions"),
+    ("device", "versions", "tracing"),
     ("wording",),
 )
 """Rooms from the top down. A room may import from itself and from rooms of lower levels. `reelbatch` itself, whose

@@ -51,7 +51,7 @@ def write(path: Path, seed: int = 0, **changes: Any) -> Path:
 
 def latents(folder: Path, files: list[tuple[Path, float]]) -> list[torch.Tensor]:
     components = load(folder, "cpu")
-    load_loras(components.transformer, files)
+    load_loras(components.family.transformer, files)
     videos = Engine(components, keep_latents=True).generate(REQUESTS)
     return [video.latents for video in videos if video.latents is not None]
 
@@ -107,7 +107,7 @@ def test_several_loras_act_together_each_with_its_scale(tmp_path: Path, tiny_fol
 
 def test_a_batch_under_a_lora_is_what_its_requests_give_alone(tmp_path: Path, tiny_folder: Path) -> None:
     components = load(tiny_folder, "cpu")
-    load_loras(components.transformer, [(write(tmp_path / "a.safetensors"), 1.0)])
+    load_loras(components.family.transformer, [(write(tmp_path / "a.safetensors"), 1.0)])
     together = Engine(components).generate(REQUESTS)
     for video, request in zip(together, REQUESTS, strict=True):
         assert video.frames_sha256 == Engine(components).generate([request])[0].frames_sha256

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from reelbatch.models.hunyuan_video.text import Conditioning
+from reelbatch.models.hunyuan_video.text import TextStates
 from reelbatch.train.cache import Encoded
 from reelbatch.train.config import make_config
 from reelbatch.train.data import Clip
@@ -24,8 +24,8 @@ NUMBERS = range(400)
 class Told:
     """Encodings that tell what they are of: a caption's rows are as many as it has characters."""
 
-    def caption(self, text: str) -> Conditioning:
-        return Conditioning(text=torch.zeros(len(text), 2), pooled=torch.zeros(2))
+    def caption(self, text: str) -> TextStates:
+        return TextStates(text=torch.zeros(len(text), 2), pooled=torch.zeros(2))
 
     def latents(self, clip: Clip) -> torch.Tensor:
         return torch.zeros(1, 1, 4, 4)
@@ -109,7 +109,7 @@ def test_the_network_is_told_each_samples_level_and_guidance() -> None:
         return [[branch.latents for branch in packs[0]]]
 
     ones = [torch.ones(1, 1, 2, 2)] * 2
-    examples = [Example(2 * one, Conditioning(text=torch.zeros(1, 2), pooled=torch.zeros(2))) for one in ones]
+    examples = [Example(2 * one, TextStates(text=torch.zeros(1, 2), pooled=torch.zeros(2))) for one in ones]
     losses = flow_matching_loss(network, examples, torch.tensor([0.25, 0.5]), torch.tensor([1.0, 6.0]), ones)
     assert [float(branch.timestep) for branch in told] == [250.0, 500.0]
     assert [float(branch.guidance) for branch in told] == [1000.0, 6000.0]

@@ -14,7 +14,7 @@ from diffusers import (
 from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15AttnProcessor2_0
 from video15 import mixed_batch, repair, run
 
-from reelbatch.repair import hunyuan_video15
+from reelbatch.repair import hunyuan_video15, hunyuan_video15_pipeline
 from reelbatch.repair.fix import CannotRepair, same_source, source_digest
 
 
@@ -66,7 +66,7 @@ def test_names_stay(transformer, vae, tmp_path):
         assert str(type(model)) == str(expected)
 
 
-SOURCES = hunyuan_video15.TRANSFORMER_SOURCE + hunyuan_video15.VAE_SOURCE
+SOURCES = hunyuan_video15.TRANSFORMER_SOURCE + hunyuan_video15_pipeline.VAE_SOURCE
 
 
 @pytest.mark.parametrize(("owner", "name", "digest"), SOURCES, ids=lambda value: getattr(value, "__name__", ""))

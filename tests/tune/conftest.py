@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from reelbatch.loading.inspection import ModelInfo, inspect
-from reelbatch.loading.load import Components, load
+from reelbatch.loading.load import load
+from reelbatch.loading.model import Model
 from reelbatch.tune import profiles, sweep
 
 
@@ -17,7 +18,7 @@ def info(tiny_folder: Path) -> ModelInfo:
 
 
 @pytest.fixture(scope="module")
-def components(tiny_folder: Path) -> Components:
+def components(tiny_folder: Path) -> Model:
     return load(tiny_folder, "cpu", "float32")
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tuning import little_memory, request
 
 from reelbatch.loading.inspection import ModelInfo
-from reelbatch.loading.load import Components
+from reelbatch.loading.model import Model
 from reelbatch.tune import gauges, workload
 from reelbatch.tune.measure import (
     DoesNotFit,
@@ -106,7 +106,7 @@ def test_flops_are_those_of_the_matrix_products() -> None:
         assert flops() == 2 * 10 * 32 * 64
 
 
-def test_a_run_tells_its_steps_its_decoding_and_its_videos(components: Components, info: ModelInfo) -> None:
+def test_a_run_tells_its_steps_its_decoding_and_its_videos(components: Model, info: ModelInfo) -> None:
     requests = workload.of_shape(info, {}, 4).take(3)
     seen = observe(components, requests, "packed", 3)
     assert len(seen.steps) == 3
@@ -118,7 +118,7 @@ def test_a_run_tells_its_steps_its_decoding_and_its_videos(components: Component
 
 
 def test_a_batch_that_the_engine_had_to_divide_does_not_count(
-    components: Components, info: ModelInfo, monkeypatch: pytest.MonkeyPatch
+    components: Model, info: ModelInfo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     little_memory(components, 2, monkeypatch)
     requests = workload.of_shape(info, {}, 4).take(4)

@@ -11,7 +11,7 @@ from rich.console import Console
 from tuning import AMPLE, GIB, little_memory, request, small
 
 from reelbatch.loading.inspection import ModelInfo
-from reelbatch.loading.load import Components
+from reelbatch.loading.model import Model
 from reelbatch.loading.precision import Precision
 from reelbatch.memory.estimate import Network, VideoShape, plan
 from reelbatch.tune import profiles, report, run, workload
@@ -34,9 +34,7 @@ class Clock:
         return self.now
 
 
-def test_a_sweep_measures_both_isolations_and_exact_is_equal_to_the_bit(
-    components: Components, info: ModelInfo
-) -> None:
+def test_a_sweep_measures_both_isolations_and_exact_is_equal_to_the_bit(components: Model, info: ModelInfo) -> None:
     swept = Sweep(components, small(info), budget=1000, largest=3, clock=Clock()).run()
     keys = {(p.isolation, p.batch) for p in swept.points}
     assert {("exact", 1), ("exact", 2), ("packed", 2)} <= keys
@@ -60,7 +58,7 @@ def test_a_sweep_measures_both_isolations_and_exact_is_equal_to_the_bit(
     assert swept.check.error == pytest.approx(swept.check.promised / swept.check.took - 1)
 
 
-def test_growing_stops_before_the_memory_limit(components: Components, info: ModelInfo) -> None:
+def test_growing_stops_before_the_memory_limit(components: Model, info: ModelInfo) -> None:
     found = Sweep(components, small(info), budget=1000, largest=8, memory_limit=2**20, clock=Clock()).run()
     assert {p.batch for p in found.points} == {1}
     assert found.choice.batch == 1
@@ -70,7 +68,7 @@ def test_growing_stops_before_the_memory_limit(components: Components, info: Mod
 
 
 def test_growing_stops_where_memory_ran_out_and_lives(
-    components: Components, info: ModelInfo, monkeypatch: pytest.MonkeyPatch
+    components: Model, info: ModelInfo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     little_memory(components, 2, monkeypatch)
     found = Sweep(components, small(info), budget=1000, largest=8, clock=Clock()).run()
@@ -79,14 +77,14 @@ def test_growing_stops_where_memory_ran_out_and_lives(
 
 
 def test_a_model_of_which_not_one_video_fits_is_said_to_be_so(
-    components: Components, info: ModelInfo, monkeypatch: pytest.MonkeyPatch
+    components: Model, info: ModelInfo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     little_memory(components, 0, monkeypatch)
     with pytest.raises(MemoryError, match="not even one video fits"):
         Sweep(components, small(info), budget=10).run()
 
 
-def test_the_budget_is_kept_and_one_alone_is_measured_whatever_it_is(components: Components, info: ModelInfo) -> None:
+def test_the_budget_is_kept_and_one_alone_is_measured_whatever_it_is(components: Model, info: ModelInfo) -> None:
     clock = Clock()
     told: list[News] = []
 
@@ -105,7 +103,7 @@ def test_the_budget_is_kept_and_one_alone_is_measured_whatever_it_is(components:
 
 
 def test_on_the_cpu_the_writing_of_files_is_part_of_what_a_video_takes(
-    components: Components, info: ModelInfo, monkeypatch: pytest.MonkeyPatch
+    components: Model, info: ModelInfo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("reelbatch.tune.sweep.write_seconds", lambda _: 100.0)
     found = Sweep(components, small(info), budget=1000, largest=2, clock=Clock()).run()
@@ -113,14 +111,14 @@ def test_on_the_cpu_the_writing_of_files_is_part_of_what_a_video_takes(
     assert all(point.last_video_seconds < 100 for point in found.points)
 
 
-def test_a_limit_of_latency_ends_the_growing(components: Components, info: ModelInfo) -> None:
+def test_a_limit_of_latency_ends_the_growing(components: Model, info: ModelInfo) -> None:
     found = Sweep(components, small(info), budget=10, limits=Limits(max_latency=1e-6), clock=Clock()).run()
     assert {p.batch for p in found.points} == {1}
     assert found.choice is None
     assert "--max-latency is 1e-06 s" in found.why_none
 
 
-def test_what_was_measured_is_kept_when_a_person_stops(components: Components, info: ModelInfo) -> None:
+def test_what_was_measured_is_kept_when_a_person_stops(components: Model, info: ModelInfo) -> None:
     stop = False
 
     def tell(news: News) -> None:
@@ -135,7 +133,7 @@ def test_what_was_measured_is_kept_when_a_person_stops(components: Components, i
         observe(components, small(info).take(1), "exact", 1, stopping=lambda: True)
 
 
-def test_a_mix_of_shapes_and_steps_is_measured_as_it_is(components: Components, info: ModelInfo) -> None:
+def test_a_mix_of_shapes_and_steps_is_measured_as_it_is(components: Model, info: ModelInfo) -> None:
     requests = [request(frames=5, steps=2), request(frames=9, steps=4), request(frames=5, steps=4, width=48)]
     mix = workload.of_mix([r.for_model(info.limits) for r in requests], "p.csv")
     found = Sweep(components, mix, budget=1000, largest=2, clock=Clock()).run()

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from reelbatch.cli import app
 from reelbatch.loading.inspection import ModelInfo
-from reelbatch.loading.load import Components
+from reelbatch.loading.model import Model
 from reelbatch.request import VideoRequest
 from reelbatch.tune import profiles, workload
 
@@ -27,16 +27,16 @@ def request(**fields) -> VideoRequest:
     return VideoRequest(**{"prompt": "a cat", "seed": 1, "height": 32, "width": 32, "frames": 9, "steps": 10, **fields})
 
 
-def little_memory(components: Components, samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def little_memory(components: Model, samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A device on which no more than so many samples fit into a step."""
-    forward = components.transformer.forward
+    forward = components.family.transformer.forward
 
     def limited(*args, packs, **kwargs):
         if sum(map(len, packs)) > samples:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(*args, packs=packs, **kwargs)
 
-    monkeypatch.setattr(components.transformer, "forward", limited)
+    monkeypatch.setattr(components.family.transformer, "forward", limited)
 
 
 def small(info: ModelInfo, largest: int = 4, **fields) -> workload.Workload:

@@ -113,7 +113,7 @@ class Plan:
         from reelbatch.loading.precision import Precision
         from reelbatch.tune.calibrate import find
 
-        device = engine.components.device
+        device = engine.model.device
         found = find(self.info.folder, self.info.name, device, Precision.parse(self.options["dtype"], device))
         if found.calibration is not None:
             engine.correct_step = found.calibration.step.of

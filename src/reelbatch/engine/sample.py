@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from reelbatch.attention import HeadRules
 from reelbatch.engine.flow import Schedule
-from reelbatch.models.branch import Branch
-from reelbatch.models.hunyuan_video.text import Conditioning
-from reelbatch.models.layers import BranchShape
 from reelbatch.request import VideoRequest
+
+GENERATOR_BITS = 32
+"""Of a seed, PyTorch's CPU generator looks at so many bits."""
 
 
 def draw_noise(seed: int, shape: tuple[int, ...]) -> Float[Tensor, "channels frames height width"]:
-    """The request's own noise, drawn on the CPU in fp32, so that a seed means the same on every device."""
-    return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32)
+    """The request's own noise, drawn on the CPU in fp32, so that a seed means the same on every device.
+
+    Seeds of 32 bits give PyTorch's noise, as in Diffusers. That generator does not tell 5 from 5 + 2³²; noise of larger
+    seeds is drawn by NumPy's Philox, whose key has all 64 bits.
+    """
+    if seed >> GENERATOR_BITS == 0:
+        return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32)
+    generator = np.random.Generator(np.random.Philox(key=seed))
+    return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
 
 
 @dataclass(frozen=True)
@@ -48,63 +56,84 @@ class SavedState:
             raise ValueError(f"the saved step is {self.step}, and request {request.id!r} has {request.steps} steps")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Sample:
-    """One video on its way. Its latents and step change only together, once a step has succeeded.
+    """One video on its way. A step gives a new sample and leaves this one as it was.
 
     Attributes:
         request: what was asked, with the model's defaults filled in.
+        conditioning: what the family encoded of it.
         latents: fp32, on the model's device.
         schedule: the sigmas it walks down.
-        conditional, unconditional: the text of its guidance branches, in the transformer's dtype; without
-            classifier-free guidance there is only the first.
-        guidance: embedded guidance scale × 1000, in the transformer's dtype.
-        rules: which tokens each head attends to; None is all.
-        shapes: patches and text tokens of each of its branches.
+        rows: transformer rows of each of its guidance branches.
+        step: steps that are behind it.
         text_seconds: time that its text took. seconds: time spent in steps that it took part in.
-        tiles: pixels on a side of the VAE tiles that it took to fit into memory, if it did not fit otherwise.
         batch_mates: ids of all that shared a step with it. largest_batch: samples in the fullest of those steps.
+        last_step: seconds of its last step, and how many samples shared it.
+        changes: what was done otherwise than alone on a device with enough memory, and shows in its pixels.
     """
 
     request: VideoRequest
+    conditioning: Any
     latents: Float[Tensor, "channels frames height width"]
     schedule: Schedule
-    conditional: Conditioning
-    unconditional: Conditioning | None
-    guidance: Float[Tensor, ""]
-    shapes: tuple[BranchShape, ...]
-    rules: HeadRules | None = None
+    rows: tuple[int, ...]
     text_seconds: float = 0.0
     step: int = 0
     seconds: float = 0.0
     largest_batch: int = 0
-    tiles: int | None = None
-    batch_mates: set[str] = field(default_factory=set)
+    batch_mates: frozenset[str] = frozenset()
+    changes: tuple[str, ...] = ()
+    last_step: tuple[float, int] = (0.0, 0)
+
+    @property
+    def id(self) -> str:
+        return self.request.id
 
     @property
     def tokens(self) -> int:
         """Rows that one step of it puts through the transformer, all branches."""
-        return sum(shape.video + shape.text for shape in self.shapes)
+        return sum(self.rows)
+
+    @property
+    def timestep(self) -> Float[Tensor, ""]:
+        """sigma × 1000 of its current step."""
+        return self.schedule.timesteps[self.step]
 
     @property
     def done(self) -> bool:
         return self.step >= self.schedule.steps
 
+    def advanced(self, latents: Tensor, seconds: float, ids: frozenset[str]) -> Sample:
+        """After one more step, which it shared with these ids."""
+        return replace(
+            self,
+            latents=latents,
+            step=self.step + 1,
+            seconds=self.seconds + seconds,
+            largest_batch=max(self.largest_batch, len(ids)),
+            batch_mates=self.batch_mates | (ids - {self.id}),
+            last_step=(seconds, len(ids)),
+        )
+
+    def to(self, device: torch.device) -> Sample:
+        """With its tensors on a device."""
+        return replace(self, latents=self.latents.to(device), conditioning=self.conditioning.to(device))
+
     def save(self) -> SavedState:
         latents = self.latents.to("cpu", copy=True)
-        return SavedState(self.step, latents, self.seconds, self.largest_batch, frozenset(self.batch_mates))
+        return SavedState(self.step, latents, self.seconds, self.largest_batch, self.batch_mates)
 
-    def resume(self, saved: SavedState | None) -> Sample:
-        """Goes on from there; from the start if there is nothing."""
-        if saved is not None:
-            self.latents, self.step = saved.latents.to(self.latents.device, copy=True), saved.step
-            self.seconds, self.largest_batch = saved.seconds, saved.largest_batch
-            self.batch_mates = set(saved.batch_mates)
-        return self
-
-    def branches(self) -> list[Branch]:
-        """What the transformer is told at this step: the conditional branch, then the unconditional one if any."""
-        texts = [self.conditional] if self.unconditional is None else [self.conditional, self.unconditional]
-        latents = self.latents.to(self.guidance.dtype)
-        timestep = self.schedule.timesteps[self.step]
-        return [Branch(latents, text.text, text.pooled, timestep, self.guidance, self.rules) for text in texts]
+    def resumed(self, saved: SavedState | None) -> Sample:
+        """Where the saved one stood; at the start if there is none."""
+        if saved is None:
+            return self
+        latents = saved.latents.to(self.latents.device, copy=True)
+        return replace(
+            self,
+            latents=latents,
+            step=saved.step,
+            seconds=saved.seconds,
+            largest_batch=saved.largest_batch,
+            batch_mates=frozenset(saved.batch_mates),
+        )

@@ -108,8 +108,8 @@ class Run:
             FolderError: if the output folder takes no more files.
             ManifestError: if the manifest cannot be used any more.
         """
-        if self.engine.components.device.type != "cpu":
-            self.engine.decode_beside = DECODE_BESIDE
+        if self.engine.model.device.type != "cpu":
+            self.engine.decode_beside = None
         steps = 0
         with self._heart, ThreadPoolExecutor(max_workers=1, thread_name_prefix="writer") as self._writer:
             self._clear_away()

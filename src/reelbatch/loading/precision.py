@@ -81,6 +81,12 @@ class Precision:
         config = TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=list(NOT_CONVERTED))
         return {"quantization_config": config}
 
+    @property
+    def spec(self) -> str:
+        """As `parse` takes it."""
+        named = {part: INT8 if part == "transformer" and self.int8 else getattr(self, part) for part in PARTS}
+        return ",".join(f"{part}={str(dtype).removeprefix('torch.')}" for part, dtype in named.items())
+
     def __str__(self) -> str:
         named = {part: str(getattr(self, part)).removeprefix("torch.") for part in PARTS}
         if self.int8:

@@ -22,8 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from reelbatch.loading.load import Components
-from reelbatch.models.hunyuan_video.text import Conditioning
+from reelbatch.loading.model import Model
+from reelbatch.models.hunyuan_video.text import TextStates
 from reelbatch.models.hunyuan_video.vae import SingleSampleConv3d
 from reelbatch.train.data import Clip, ClipRules, read_clip
 
@@ -38,15 +38,15 @@ class EncodedClips:
 
     Args:
         folder: of the cache; any number of runs, models and rules may share it.
-        components: whose VAE and text encoders encode.
+        model: whose VAE and text encoders encode.
         rules: by which files become clips.
     """
 
-    def __init__(self, folder: Path, components: Components, rules: ClipRules) -> None:
-        self.folder, self.components, self.rules = folder, components, rules
+    def __init__(self, folder: Path, model: Model, rules: ClipRules) -> None:
+        self.folder, self.model, self.rules = folder, model, rules
         self.made = 0
         """Entries that were encoded, not found."""
-        for module in components.decoder.vae.encoder.modules():
+        for module in model.family.decoder.vae.encoder.modules():
             if type(module) is nn.Conv3d:
                 module.__class__ = SingleSampleConv3d
         self.caption = lru_cache(CAPTIONS_KEPT)(self._caption)
@@ -55,14 +55,14 @@ class EncodedClips:
         """Scaled as the transformer sees them, fp32, on the CPU. Raises BrokenClip if the file cannot be used."""
         return self._entry(self._clip_key(clip.path), lambda: {"latents": self._encode(clip.path)})["latents"]
 
-    def _caption(self, caption: str) -> Conditioning:
+    def _caption(self, caption: str) -> TextStates:
         """fp32, on the CPU."""
 
         def encode() -> dict[str, Tensor]:
-            found = self.components.text.encode(caption)
+            found = self.model.family.text.encode(caption)
             return {"text": found.text.float().cpu(), "pooled": found.pooled.float().cpu()}
 
-        return Conditioning(**self._entry(_hash("caption", self._text_key, caption), encode))
+        return TextStates(**self._entry(_hash("caption", self._text_key, caption), encode))
 
     # -- entries -----------------------------------------------------------------------------------
 
@@ -80,12 +80,12 @@ class EncodedClips:
 
     @cached_property
     def _vae_key(self) -> str:
-        config = json.dumps(dict(self.components.decoder.vae.config), sort_keys=True, default=str)
-        return _hash(config, _weights_hash(self.components.decoder.vae))
+        config = json.dumps(dict(self.model.family.decoder.vae.config), sort_keys=True, default=str)
+        return _hash(config, _weights_hash(self.model.family.decoder.vae))
 
     @cached_property
     def _text_key(self) -> str:
-        text = self.components.text
+        text = self.model.family.text
         tokens = json.dumps([text.tokenizer.get_vocab(), text.tokenizer_2.get_vocab()], sort_keys=True)
         template = f"{text.template} {text.max_tokens}"
         return _hash(template, tokens, _weights_hash(text.llama), _weights_hash(text.clip))
@@ -94,7 +94,7 @@ class EncodedClips:
     def _encode(self, path: Path) -> Float[Tensor, "channels frames height width"]:
         """The posterior's mean, not a sample of it: a clip is the same every time it is seen."""
         frames = torch.from_numpy(read_clip(path, self.rules))
-        decoder, vae = self.components.decoder, self.components.decoder.vae
+        decoder, vae = self.model.family.decoder, self.model.family.decoder.vae
         video = frames.permute(3, 0, 1, 2)[None].to(vae.device).float().div(127.5).sub(1).to(vae.dtype)
         shape = (
             vae.config.latent_channels,

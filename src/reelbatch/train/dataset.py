@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from reelbatch.loading.load import Components
+from reelbatch.loading.model import Model
 from reelbatch.train.batches import generator_of
 from reelbatch.train.cache import Encoded, EncodedClips
 from reelbatch.train.config import TrainConfig
@@ -44,20 +44,18 @@ class Dataset:
         return hashlib.sha256(known.encode()).hexdigest()[:16]
 
 
-def make_dataset(
-    config: TrainConfig, components: Components, accelerator: Accelerator, tell: Callable[[str], None]
-) -> Dataset:
+def make_dataset(config: TrainConfig, model: Model, accelerator: Accelerator, tell: Callable[[str], None]) -> Dataset:
     """Encodes what is not in the cache, a share of it on each device, and finds out what can be used.
 
     Raises:
         DataError: if nothing is left to train on, and what `find_clips` raises.
     """
     train, held_out = _divided(config)
-    encoded = EncodedClips(config.cache or _cache_folder(), components, _rules(config, components))
+    encoded = EncodedClips(config.cache or _cache_folder(), model, _rules(config, model))
     clips = train + held_out
     mine = _encode(encoded, clips, accelerator, tell)
     found = sorted(gather_object(mine) if accelerator.num_processes > 1 else mine)
-    usable = {entry[0]: _known(clips[entry[0]], components, entry[1], entry[2]) for entry in found if len(entry) == 3}
+    usable = {entry[0]: _known(clips[entry[0]], model, entry[1], entry[2]) for entry in found if len(entry) == 3}
     dataset = Dataset(
         clips=tuple(usable[i] for i in range(len(train)) if i in usable),
         held_out=tuple(usable[i] for i in range(len(train), len(clips)) if i in usable),
@@ -84,8 +82,8 @@ def _divided(config: TrainConfig) -> tuple[list[Clip], list[Clip]]:
     return train, held_out
 
 
-def _rules(config: TrainConfig, components: Components) -> ClipRules:
-    limits = components.limits
+def _rules(config: TrainConfig, model: Model) -> ClipRules:
+    limits = model.limits
     d = limits.defaults
     return ClipRules(
         fps=config.fps or d.fps,
@@ -119,8 +117,8 @@ def _encode(
     return mine
 
 
-def _known(clip: Clip, components: Components, shape: tuple[int, ...], text: int) -> Encoded:
-    network = components.transformer.config
+def _known(clip: Clip, model: Model, shape: tuple[int, ...], text: int) -> Encoded:
+    network = model.family.transformer.config
     _, frames, height, width = shape
     video = frames // network.patch_size_t * (height // network.patch_size) * (width // network.patch_size)
     return Encoded(clip, shape, video, text)

@@ -11,8 +11,8 @@ from diffusers.training_utils import compute_density_for_timestep_sampling
 from jaxtyping import Float
 from torch import Tensor
 
-from reelbatch.models.branch import Branch
-from reelbatch.models.hunyuan_video.text import Conditioning
+from reelbatch.models.hunyuan_video.branch import Branch
+from reelbatch.models.hunyuan_video.text import TextStates
 
 TIMESTEPS = 1000.0
 """What the network is told is sigma times this."""
@@ -23,7 +23,7 @@ class Example:
     """A clip and its caption, both encoded. Latents are scaled as the transformer sees them."""
 
     latents: Float[Tensor, "channels frames height width"]
-    caption: Conditioning
+    caption: TextStates
 
 
 def shift(sigmas: Tensor, by: Tensor | float) -> Tensor:

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from reelbatch.loading.hub import resolve
-from reelbatch.loading.load import Components, load
+from reelbatch.loading.load import load
+from reelbatch.loading.model import Model
 from reelbatch.loading.precision import Precision
 from reelbatch.train.batches import packs_of_step, share_of
 from reelbatch.train.checkpoints import CheckpointError, Checkpoints, Position, read_position
@@ -102,16 +103,16 @@ class Run:
                 f"out={config.out}: a run with checkpoints is there; give resume: auto to go on with it, or another out"
             )
         set_seed(config.seed)
-        self.components = self._load()
-        self.network = self.components.transformer
+        self.model = self._load()
+        self.network = self.model.family.transformer
         prepare_network(self.network, config)
         self.dtype = torch.float32 if config.method == "full" else self.network.x_embedder.proj.weight.dtype
         self.trained = trainable(self.network)
         # before the data: encoding them may take hours
         optimizer = make_optimizer(config, self.trained.values())
-        self.requests = _requests(config, self.components)
-        self.dataset = make_dataset(config, self.components, accelerator, tell)
-        self.samples = Samples(config, self.dataset, self.components)
+        self.requests = _requests(config, self.model)
+        self.dataset = make_dataset(config, self.model, accelerator, tell)
+        self.samples = Samples(config, self.dataset, self.model)
         self.model, self.optimizer, self.schedule = accelerator.prepare(
             self.network, optimizer, make_schedule(config, optimizer)
         )
@@ -131,12 +132,12 @@ class Run:
 
     # -- what is needed before the first step ------------------------------------------------------
 
-    def _load(self) -> Components:
+    def _load(self) -> Model:
         device = self.accelerator.device
         dtype = f"transformer={base_dtype(self.config)}"
-        components = load(resolve(self.config.model), device, Precision.parse(dtype, device))
-        components.transformer.set_attention_backend(self.config.attention)
-        return components
+        model = load(resolve(self.config.model), device, Precision.parse(dtype, device))
+        model.family.transformer.set_attention_backend(self.config.attention)
+        return model
 
     def _go_on_from(self, checkpoint: Path) -> None:
         """Raises CheckpointError if what is trained, or how, is not what the checkpoint is of."""
@@ -353,7 +354,7 @@ class Run:
         from reelbatch.video import contact_sheet
 
         self._away.close()
-        engine = Engine(self.components, attention=self.config.attention)
+        engine = Engine(self.model, attention=self.config.attention)
         with self._resting():
             videos = engine.generate(self.requests)
         self._put_encoders_away()
@@ -364,7 +365,7 @@ class Run:
     def _put_encoders_away(self) -> None:
         """Text encoders and VAE leave the GPU to the training, until samples are drawn."""
         if self.accelerator.device.type == "cuda":
-            self._away.enter_context(self.components.elsewhere("text", "vae"))
+            self._away.enter_context(self.model.elsewhere("text", "vae"))
 
     @contextmanager
     def _resting(self) -> Iterator[None]:
@@ -416,14 +417,14 @@ class Run:
             gathered = self.accelerator.get_state_dict(self.model) if is_sharded(self.accelerator) else None
             if not self.accelerator.is_main_process:
                 return None
-            return write_trained(self.config, self.components, gathered)
+            return write_trained(self.config, self.model, gathered)
 
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _requests(config: TrainConfig, components: Components) -> list[Any]:
+def _requests(config: TrainConfig, model: Model) -> list[Any]:
     from reelbatch.jobs.prompts import Entry, make_requests, read_entries
 
     entries = []
@@ -433,4 +434,4 @@ def _requests(config: TrainConfig, components: Components) -> list[Any]:
             entries += read_entries(path)
         else:
             entries.append(Entry(f"sample prompt {number}", {"prompt": prompt}))
-    return make_requests(entries, first_seed=0, limits=components.limits)
+    return make_requests(entries, first_seed=0, limits=model.limits)

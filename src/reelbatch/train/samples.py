@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reelbatch.loading.load import Components
+from reelbatch.loading.model import Model
 from reelbatch.train.batches import Order, fill, generator_of
 from reelbatch.train.cache import Encoded
 from reelbatch.train.config import TrainConfig
@@ -39,10 +39,10 @@ class Drawn:
 class Samples:
     """What sample `number` of a run is: always the same, whoever shares its pack."""
 
-    def __init__(self, config: TrainConfig, dataset: Dataset, components: Components) -> None:
+    def __init__(self, config: TrainConfig, dataset: Dataset, model: Model) -> None:
         self.config, self.dataset = config, dataset
-        self.flow_shift = components.flow_shift if config.flow_shift is None else config.flow_shift
-        limits = components.limits
+        self.flow_shift = model.family.flow_shift if config.flow_shift is None else config.flow_shift
+        limits = model.limits
         d, s = limits.defaults, limits.spatial_stride
         self.own_tokens = ((d.frames - 1) // limits.temporal_stride + 1) * (d.height // s) * (d.width // s)
         """Rows of a video of the model's own size."""

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from reelbatch.device import is_out_of_memory
 from reelbatch.engine.engine import Engine, Failure, Progress
 from reelbatch.engine.planner import Isolation
-from reelbatch.loading.load import Components
+from reelbatch.loading.model import Model
 from reelbatch.request import VideoRequest
 from reelbatch.tune.gauges import Memory, tidy
 from reelbatch.tune.quality import Quality
@@ -53,7 +53,7 @@ class Seen:
 
 
 def observe(
-    components: Components,
+    model: Model,
     requests: Sequence[VideoRequest],
     isolation: Isolation,
     batch: int,
@@ -76,8 +76,8 @@ def observe(
         DoesNotFit: if memory ran out, or if fewer than `batch` samples went through a step together.
         Exception: whatever else a request failed with.
     """
-    components.text.forget()
-    engine = Engine(components, isolation=isolation, max_batch_size=batch, keep_latents=True, attention=attention)
+    model.family.text.forget()
+    engine = Engine(model, isolation=isolation, max_batch_size=batch, keep_latents=True, attention=attention)
     seen, decoding_since, held = Seen(), 0.0, 0
     forwards, together, latest = 0, 0, 0.0
 
@@ -113,11 +113,11 @@ def observe(
     for request in requests:
         engine.submit(request)
     if memory is not None:
-        tidy(components.device)
+        tidy(model.device)
         held = memory.used()
         memory.reset()
     energy = joules() if joules else 0.0
-    hook = components.transformer.register_forward_pre_hook(forwarded)
+    hook = model.family.transformer.register_forward_pre_hook(forwarded)
     started = time.perf_counter()
     try:
         while engine.waiting or engine.running:

@@ -13,7 +13,8 @@ import torch
 from reelbatch.device import choose_device, device_memory_bytes, gibibytes, held_bytes
 from reelbatch.loading.hub import ModelFolderError
 from reelbatch.loading.inspection import ModelInfo
-from reelbatch.loading.load import Components, load
+from reelbatch.loading.load import load
+from reelbatch.loading.model import Model
 from reelbatch.loading.precision import Precision
 from reelbatch.memory.estimate import Network, VideoShape, plan
 from reelbatch.memory.placement import Offload, check_offload, offloads
@@ -86,20 +87,20 @@ def tune(
         )
         notes += note
     runs = [(dtype, workload) for dtype in order for workload in workloads]
-    components: Components | None = None
+    model: Model | None = None
     for number, (dtype, workload) in enumerate(runs):
         if stopping():
             stopped = True
             break
-        if components is None or components.precision != dtype:
-            components = None  # the one before is let go first
+        if model is None or model.precision != dtype:
+            model = None  # the one before is let go first
             tidy(chosen_device)
             tell(News(f"loading {info.name} in {dtype}"))
             kind, why = (offload, None) if offload else first_that_fits(info, workloads, chosen_device, dtype, limits)
             notes += [why] if why else []
-            components = load(info.folder, chosen_device, dtype, offload=kind)
+            model = load(info.folder, chosen_device, dtype, offload=kind)
         sweep = Sweep(
-            components,
+            model,
             workload,
             budget=max(left(), 0.0) / (len(runs) - number),
             limits=limits,
@@ -188,14 +189,14 @@ def _fp32_alone(
     try:
         fp32 = Precision.parse("float32", device)
         kind = offload or first_that_fits(info, workloads, device, fp32, NO_LIMITS)[0]
-        components = load(info.folder, device, fp32, offload=kind)
+        model = load(info.folder, device, fp32, offload=kind)
         found = {
             workload.name: Sweep(
-                components,
+                model,
                 workload,
                 budget=budget / len(workloads),
                 attention=attention,
-                tell=_titled(tell, workload, components.precision, True),
+                tell=_titled(tell, workload, model.precision, True),
                 stopping=stopping,
             ).run_alone()
             for workload in workloads

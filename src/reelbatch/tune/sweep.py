@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from reelbatch.engine.planner import Isolation
-from reelbatch.loading.load import Components
+from reelbatch.loading.model import Model
 from reelbatch.memory.placement import Offload
 from reelbatch.request import VideoRequest
 from reelbatch.tune.choose import NO_LIMITS, Choice, Limits, choose
@@ -150,7 +150,7 @@ class Sweep:
 
     def __init__(
         self,
-        components: Components,
+        model: Model,
         workload: Workload,
         *,
         budget: float,
@@ -163,23 +163,23 @@ class Sweep:
         stopping: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.components, self.workload = components, workload
+        self.model, self.workload = model, workload
         self.budget, self.limits, self.attention = budget, limits, attention
         self.reference, self.largest = reference, largest
         self.alone: Alone | None = None
         self._tell, self._stopping, self._clock = tell, stopping, clock
         self._started = clock()
-        self._memory = memory_of(components.device)
-        self._joules = energy_meter(components.device)
+        self._memory = memory_of(model.device)
+        self._joules = energy_meter(model.device)
         self._limit = memory_limit
         self._records: dict[Key, _Record] = {}
         self._decodes: dict[str, list[float]] = {}
         self._write_rate = 0.0  # seconds per byte of frames, where the steps are computed by the cores that write
         self._flops: dict[str, int] = {}
         self._weights = 0
-        if components.offload == "none":
+        if model.offload == "none":
             self._weights = weight_bytes(
-                components.transformer, components.decoder.vae, components.text.llama, components.text.clip
+                model.family.transformer, model.family.decoder.vae, model.family.text.llama, model.family.text.clip
             )
         self._matrix = 0.0
         self._base = self._text_bytes = self._vae_bytes = 0
@@ -202,7 +202,7 @@ class Sweep:
             raise MemoryError(f"not even one video fits: {error}") from None
         finally:
             gc.unfreeze()
-        tidy(self.components.device)
+        tidy(self.model.device)
         return self._result(interrupted)
 
     def run_alone(self) -> Alone | None:
@@ -221,11 +221,11 @@ class Sweep:
 
     def _prepare(self) -> None:
         """Warms up, and takes what does not depend on the batch: FLOPs, matrix rate, decoding, text, held memory."""
-        device, dtype = self.components.device, self.components.transformer.dtype
+        device, dtype = self.model.device, self.model.family.transformer.dtype
         self._say("warming up: a video alone")
         shapes = {shape_of(request): request for request in self.workload.requests}
         for shape, request in shapes.items():
-            with counting(self.components.transformer) as flops:
+            with counting(self.model.family.transformer) as flops:
                 self._observe([request], "exact", 1, only_steps=1)
                 self._flops[shape] = flops()
         self._matrix = matrix_rate(device, dtype)
@@ -241,7 +241,7 @@ class Sweep:
             self._vae_bytes = max(self._vae_bytes, seen.decode_bytes)
 
     def _weigh_text(self) -> None:
-        text = self.components.text
+        text = self.model.family.text
         longest = max(self.workload.requests, key=lambda request: len(request.prompt))
         text.forget()
         self._memory.reset()
@@ -322,7 +322,7 @@ class Sweep:
             if size == 1:
                 raise
             self._note(f"{isolation}: stopped before {size}: {error}")
-            tidy(self.components.device)
+            tidy(self.model.device)
             return False
         self._records[key] = _Record(denoise_bytes=seen.denoise_bytes)
         return True
@@ -334,7 +334,7 @@ class Sweep:
             return self._base
         last = max(smaller)
         record = self._records.get((isolation, last)) or self._records["exact", 1]
-        weights = min(self.components.visiting_bytes("transformer"), record.denoise_bytes)  # those do not grow
+        weights = min(self.model.visiting_bytes("transformer"), record.denoise_bytes)  # those do not grow
         growth = weights + (record.denoise_bytes - weights) * size / last * MEMORY_MARGIN
         return self._base + int(max(growth, self._vae_bytes))
 
@@ -415,7 +415,7 @@ class Sweep:
             self._note(f"videos are compared after {steps} of {self.workload.steps} steps: all would take too long")
         dtype = self._dtype
         self.alone = Alone(tuple(videos), steps, full, f"{dtype} alone")
-        if self.components.device.type == "cpu":
+        if self.model.device.type == "cpu":
             self._write_rate = statistics.median(write_seconds(video) / video.frames.nbytes for video in videos)
 
     def _sizes_of_reference(self) -> tuple[int, int] | None:
@@ -610,7 +610,7 @@ class Sweep:
             seconds=self._clock() - self._started,
             interrupted=interrupted,
             notes=tuple(self._notes),
-            offload=self.components.offload,
+            offload=self.model.offload,
         )
 
     # -- small parts -------------------------------------------------------------------------------
@@ -624,7 +624,7 @@ class Sweep:
         weigh: bool = False,
     ) -> Seen:
         seen = observe(
-            self.components,
+            self.model,
             requests,
             isolation,
             batch,
@@ -642,7 +642,7 @@ class Sweep:
 
     @property
     def _dtype(self) -> str:
-        return str(self.components.precision)
+        return str(self.model.precision)
 
     def _left(self) -> float:
         return self.budget - (self._clock() - self._started)

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from reelbatch.attention import HeadRules, Sizes, canonical, once
-from reelbatch.models.branch import Branch
+from reelbatch.models.hunyuan_video.branch import Branch
 
 
 def branches_of(

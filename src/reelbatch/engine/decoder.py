@@ -1,0 +1,156 @@
+"""Decoder: latents to frames, between the steps or beside them in a thread.
+
+What the thread reads of the engine: the sample that it was given, which nobody changes; the VAE's weights, which nobody
+moves before `wait` has returned. On a GPU it works in a stream of its own, which begins after what the engine's stream
+had written when the sample was handed over. It writes nothing but its result.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from reelbatch.device import OutOfMemory, is_out_of_memory
+from reelbatch.engine.events import FellBack, Worked
+from reelbatch.engine.fallback import Fallback
+from reelbatch.engine.sample import Sample
+from reelbatch.memory.placement import Relief
+
+SMALLER_TILES = (128, 64)
+"""Pixels on a side of the VAE tiles that are tried when nothing else helps."""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Frames, and how they came about.
+
+    Attributes:
+        frames: uint8 [frames, height, width, 3].
+        tile_side: pixels of the VAE's tiles; None: decoded whole.
+        changes: what was done, because memory ran out, that changed the pixels.
+    """
+
+    frames: NDArray[np.uint8]
+    seconds: float
+    tile_side: int | None
+    changes: tuple[str, ...] = ()
+    events: tuple[FellBack | Worked, ...] = ()
+
+
+class Decoder:
+    """Decodes samples that are past their last step."""
+
+    def __init__(self, fallback: Fallback) -> None:
+        self.fallback = fallback
+        self.family, self.device = fallback.runner.model.family, fallback.runner.model.device
+        self._futures: dict[str, Future[Decoded]] = {}
+        self._ran_out: set[str] = set()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decoder")
+
+    @property
+    def stuck(self) -> bool:
+        """Whether a sample can only be decoded when no other runs."""
+        return bool(self._ran_out)
+
+    def wait(self) -> None:
+        """Until the thread has nothing to do."""
+        wait(self._futures.values())
+
+    def forget(self, id: str) -> None:
+        """This sample's frames are not wanted, or known already."""
+        self._futures.pop(id, None)
+        self._ran_out.discard(id)
+
+    def begin(self, samples: Sequence[Sample]) -> None:
+        """Starts to decode these in the thread, one after the other."""
+        for sample in samples:
+            if sample.id not in self._futures and sample.id not in self._ran_out:
+                self._futures[sample.id] = self._submit(sample)
+
+    def results(
+        self, samples: Sequence[Sample], leave: int, others: bool
+    ) -> Iterator[tuple[Sample, Decoded | Exception]]:
+        """What became of these samples; those that the thread does not have are decoded here.
+
+        Args:
+            leave: samples that the thread may keep; it is waited for while it has more.
+            others: whether other samples run. What runs out of memory beside them is tried again without them.
+        """
+        open_ = [sample for sample in samples if not (others and sample.id in self._ran_out)]
+        for number, sample in enumerate(open_):
+            future = self._futures.get(sample.id)
+            if future is not None and not future.done() and len(open_) - number <= leave:
+                return  # the thread takes them in this order
+            outcome = self._result(sample, future, last=not others)
+            if outcome is not None:
+                yield sample, outcome
+
+    def _result(self, sample: Sample, future: Future[Decoded] | None, last: bool) -> Decoded | Exception | None:
+        """None: it ran out of memory, and is tried again when no other sample runs."""
+        try:
+            if future is not None:
+                try:
+                    return future.result()
+                except Exception as error:
+                    if not is_out_of_memory(error):
+                        raise
+            return self._here(sample, last)
+        except OutOfMemory as error:
+            if last:
+                return error
+            self._futures.pop(sample.id, None)
+            self._ran_out.add(sample.id)
+            return None
+        except Exception as error:
+            return error
+
+    def _here(self, sample: Sample, last: bool) -> Decoded:
+        """In the engine's thread, in other ways where memory runs out: what changes pixels comes last, and only where
+        no other sample holds memory."""
+        own = self.family.tile_side(sample.request)
+        side = own
+
+        @contextmanager
+        def tiles(smaller: int) -> Iterator[None]:
+            nonlocal side
+            side = smaller
+            yield
+
+        reliefs = self.fallback.reliefs("decode")
+        if last and not self.fallback.keep_pixels:
+            smaller = [size for size in SMALLER_TILES if own is None or size < own]
+            reliefs += [Relief(f"in VAE tiles of {size} pixels", partial(tiles, size), exact=False) for size in smaller]
+        reliefs.sort(key=lambda relief: not relief.exact)
+        if not last:
+            reliefs = [relief for relief in reliefs if relief.exact]
+        started = self.fallback.begin()
+        decoded, helped = self.fallback.alone("decoding", sample.request, lambda: self._decode(sample, side), reliefs)
+        events = self.fallback.done("decode", [sample.id], started)
+        changes = (f"decoded {helped.what}",) if helped is not None and not helped.exact else ()
+        return replace(decoded, changes=changes, events=tuple(events))
+
+    def _submit(self, sample: Sample) -> Future[Decoded]:
+        stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream(self.device))  # until the latents are written
+
+        def work() -> Decoded:
+            started = time.perf_counter()
+            with nullcontext() if stream is None else torch.cuda.stream(stream):
+                decoded = self._decode(sample, self.family.tile_side(sample.request))
+            return replace(decoded, events=(Worked("decode", (sample.id,), time.perf_counter() - started),))
+
+        return self._thread.submit(work)
+
+    def _decode(self, sample: Sample, tile_side: int | None) -> Decoded:
+        started = time.perf_counter()
+        frames = self.family.decode(sample.latents, tile_side).numpy()
+        return Decoded(frames, time.perf_counter() - started, tile_side)

@@ -1,6 +1,6 @@
 """Random videos in random batches, each against the same request alone: bit for bit, or it is counted.
 
-Sizes, lengths, steps, guidance, rules, masks of time (who joins when, who is cancelled), LoRA, offload, a memory limit,
+Sizes, lengths, steps, guidance, rules, who joins when, who is cancelled, LoRA, offload, a memory limit,
 decoding beside the steps, weights at odd addresses, memory that runs out anywhere, and samples that are saved and go on
 in another process are all drawn at random.
 
@@ -33,25 +33,27 @@ from reelbatch.loading.load import load
 from reelbatch.loading.lora import save_lora
 from reelbatch.loading.model import Model
 
-WORDS = [
-    "a",
-    "large",
-    "small",
-    "red",
-    "blue",
-    "circle",
-    "cross",
-    "moving",
-    "left",
-    "right",
-    "up",
-    "on",
-    "the",
-    "black",
-    "white",
-    "background",
-    "slowly",
-]
+WORDS = tuple(
+    [
+        "a",
+        "large",
+        "small",
+        "red",
+        "blue",
+        "circle",
+        "cross",
+        "moving",
+        "left",
+        "right",
+        "up",
+        "on",
+        "the",
+        "black",
+        "white",
+        "background",
+        "slowly",
+    ]
+)
 CPU = torch.device("cpu")
 
 
@@ -151,6 +153,10 @@ class OtherProcess:
         self.pipe.send((request, saved.step, saved.latents.numpy()))
         return self.pipe.recv()
 
+    def close(self) -> None:
+        self.pipe.send(None)
+        self.process.join()
+
 
 # -- rounds ----------------------------------------------------------------------------------------
 
@@ -246,6 +252,8 @@ def main() -> None:
             if time.monotonic() - shown > 30:
                 shown = time.monotonic()
                 print(f"{shown - started:.0f} s: {dict(counts)}", flush=True)
+        for side in sides:
+            side.other.close()
     print(f"{asked.videos} videos, {time.monotonic() - started:.0f} s: {dict(sorted(counts.items()))}")
     print("differ:", counts["differ"], "lost:", counts["lost"])
 

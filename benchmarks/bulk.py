@@ -74,7 +74,7 @@ class Ours:
         requests = make_requests(entries, fields, first_seed=0, limits=self.engine.limits)
         with tempfile.TemporaryDirectory() as out:
             manifest = Manifest.in_folder(Path(out))
-            settings = Settings("demo", "", "cpu", "float32", "auto", self.engine.isolation)
+            settings = Settings("demo", "", "cpu", "float32", "auto", self.engine.config.isolation)
             job = open_job(manifest, Path(out), requests, settings, mode="resume")
             outcomes = list(Run(self.engine, manifest, job.number, Path(out), weights="").outcomes())
             assert all(outcome.error is None for outcome in outcomes)

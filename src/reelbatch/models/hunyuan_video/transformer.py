@@ -135,6 +135,10 @@ class SingleStreamBlock(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # The network
 
+SINGLE_BLOCK = r"single_transformer_blocks\.\d+\."
+BLOCK = r"(single_)?transformer_blocks\.\d+\."
+"""How the names of layers in blocks begin."""
+
 
 class HunyuanVideoTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
     """HunyuanVideo's text-to-video transformer, with the configuration and parameters of Diffusers' class of this name.
@@ -162,6 +166,17 @@ class HunyuanVideoTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
     _supports_gradient_checkpointing = True
     _skip_layerwise_casting_patterns: ClassVar = ["x_embedder", "context_embedder", "norm"]
     _no_split_modules: ClassVar = ["DualStreamBlock", "SingleStreamBlock", "PatchEmbed", "TokenRefiner"]
+    layer_groups: ClassVar[dict[str, str]] = {
+        "attention": rf"{BLOCK}attn\.((to|add)_[qkv](_proj)?|to_out\.0|to_add_out)",
+        "mlp": rf"{BLOCK}(ff|ff_context)\.net\.(0\.proj|2)|{SINGLE_BLOCK}(proj_mlp|proj_out)",
+        "modulation": rf"{BLOCK}(norm|norm1|norm1_context)\.linear",
+        "refiner": r"context_embedder\..*",
+        "embedders": r"(x_embedder|time_text_embed)\..*",
+    }
+    """Patterns of the full names of linear layers, by what a LoRA's `targets` call them."""
+    zero_at_start: ClassVar[str] = r"(.*\.)?(norm|norm1|norm1_context|norm_out)\.linear|proj_out"
+    """Those that make shifts, scales, gates and the output: zero in an untrained network (adaLN-Zero, arXiv
+    2212.09748)."""
     _repeated_blocks: ClassVar = ["DualStreamBlock", "SingleStreamBlock"]
 
     @register_to_config

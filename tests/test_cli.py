@@ -86,7 +86,7 @@ def test_the_same_command_again_makes_only_what_is_missing(tiny_folder: Path, he
 def test_all_faults_are_told_at_once_and_before_a_model_is_loaded(
     tiny_folder: Path, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("reelbatch.cli.making.open_engine", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("reelbatch.cli.run.open_engine", lambda *_, **__: pytest.fail("the model was loaded"))
     (here / "p.csv").write_text("prompt,frames\na cat,10\na dog,9\n,5\n", encoding="utf-8")
     result = call("generate", "--prompts", "p.csv", "--width", 50, "--model", tiny_folder)
     told = str(result.exception)
@@ -119,7 +119,7 @@ def test_a_request_that_fails_is_told_and_the_others_are_made(
 def test_what_cannot_work_is_refused_before_a_model_is_loaded(
     tiny_folder: Path, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("reelbatch.cli.making.open_engine", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("reelbatch.cli.run.open_engine", lambda *_, **__: pytest.fail("the model was loaded"))
     (here / "file").touch()
     command = ("generate", "a cat", "--model", tiny_folder)
     assert "no videos can be written there" in str(call(*command, "--out", "file").exception)
@@ -153,7 +153,7 @@ def test_bugs_of_ours_are_no_bad_input(
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("out of paper")
 
-    monkeypatch.setattr("reelbatch.cli.making.open_engine", broken)
+    monkeypatch.setattr("reelbatch.cli.run.open_engine", broken)
     monkeypatch.setattr("sys.argv", ["reelbatch", "generate", "a cat", "--model", str(tiny_folder)])
     with pytest.raises(SystemExit) as ended:
         main()
@@ -236,7 +236,7 @@ def test_bars_show_a_prompt_as_it_is_written() -> None:
     request = reelbatch.VideoRequest(prompt="[/red] a [bold]cat")
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
     with display([request], console) as shown:
-        shown.progress(Progress(request.id, "denoise", 1, 4, 0.25))
+        shown.event(Progress(request.id, "denoise", 1, 4, 0.25))
     told = console.file.getvalue()
     assert "[/red] a [bold]cat" in told
     assert "1/4" in told

@@ -23,7 +23,8 @@ from typer.testing import CliRunner
 from reelbatch import VideoRequest
 from reelbatch.cli import app
 from reelbatch.engine.engine import Engine
-from reelbatch.jobs import worker as run_room
+from reelbatch.engine.loop import DECODE_BESIDE
+from reelbatch.jobs import worker as worker_room
 from reelbatch.jobs.job import JobChanged, in_order
 from reelbatch.jobs.manifest import FILE, Manifest, State
 from reelbatch.jobs.states import States
@@ -78,7 +79,6 @@ def test_every_video_is_the_one_alone_with_its_hash_and_nothing_else_is_left(fol
     outcomes = folder.make(requests)
     assert {outcome.request.prompt for outcome in outcomes if outcome.record} == {r.prompt for r in requests}
     assert folder.frames() == alone(folder.engine, requests)
-    assert folder.engine.decode_beside == 0  # on the CPU it would take the cores from the steps
     assert all(checked.problem is None for checked in verify(folder.manifest, folder.path))
     names = {row.file for row in folder.manifest.rows()}
     assert folder.files() == {FILE} | names | {str(sidecar(Path(name))) for name in names}
@@ -169,7 +169,7 @@ def test_a_stopped_job_goes_on_from_its_step_with_the_same_frames(
     later.make(requests)
     assert {id: step - 1 for id, step in begun.items() if id in saved} == saved
     assert later.frames() == alone(later.engine, requests)
-    assert not (folder.path / run_room.OWN_FOLDER).exists()
+    assert not (folder.path / worker_room.OWN_FOLDER).exists()
 
 
 def test_states_are_saved_every_so_many_steps(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +192,7 @@ def test_states_are_saved_every_so_many_steps(folder: Folder, monkeypatch: pytes
 def test_a_saved_state_that_is_no_good_is_left_alone(folder: Folder, tiny_folder: Path, damage: str) -> None:
     requests = asked(folder.engine, 2)
     folder.make(requests, stopping=stop_after(folder.engine, 2))
-    for file in (folder.path / run_room.OWN_FOLDER / "states").iterdir():
+    for file in (folder.path / worker_room.OWN_FOLDER / "states").iterdir():
         if damage == "gone":
             file.unlink()
         elif damage == "cut":
@@ -286,7 +286,7 @@ def test_a_folder_that_takes_no_more_files_stops_the_job_and_loses_nothing(
     folder: Folder, monkeypatch: pytest.MonkeyPatch, error: int
 ) -> None:
     requests = asked(folder.engine)
-    monkeypatch.setattr(run_room, "WRITE_AGAIN_AFTER", (0.0,))
+    monkeypatch.setattr(worker_room, "WRITE_AGAIN_AFTER", (0.0,))
     put_in_place, calls = Aside.put_in_place, []
 
     def full(self: Aside, *options: bool) -> None:
@@ -300,13 +300,13 @@ def test_a_folder_that_takes_no_more_files_stops_the_job_and_loses_nothing(
         folder.make(requests)
     assert sorted(folder.states().values()) == ["done"] * 2 + ["waiting"] * 4
     monkeypatch.undo()
-    later = Folder(folder.path, Engine(folder.engine.components))
+    later = Folder(folder.path, Engine(folder.engine.model))
     later.make(requests)
     assert later.frames() == alone(later.engine, requests)
 
 
 def test_a_folder_that_recovers_is_written_again(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_room, "WRITE_AGAIN_AFTER", (0.0, 0.0))
+    monkeypatch.setattr(worker_room, "WRITE_AGAIN_AFTER", (0.0, 0.0))
     put_in_place, calls = Aside.put_in_place, []
 
     def gone_for_a_while(self: Aside, *options: bool) -> None:
@@ -364,14 +364,14 @@ def test_files_that_vanish_or_change_are_made_again(folder: Folder) -> None:
 
 def test_a_request_that_fails_is_told_and_can_be_tried_again(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     requests = asked(folder.engine, 4)
-    encode = folder.engine.components.family.text.encode
+    encode = folder.engine.model.family.text.encode
 
     def broken(prompt: str, prompt_2: str | None = None) -> Any:
         if prompt == "a cat 2":
             raise RuntimeError("the tokenizer is on fire")
         return encode(prompt, prompt_2)
 
-    monkeypatch.setattr(folder.engine.components.family.text, "encode", broken)
+    monkeypatch.setattr(folder.engine.model.family.text, "encode", broken)
     outcomes = folder.make(requests)
     assert [str(outcome.error) for outcome in outcomes if outcome.error] == ["the tokenizer is on fire"]
     failed = next(row for row in folder.manifest.rows() if row.state == "failed")
@@ -386,7 +386,7 @@ def test_a_request_that_fails_is_told_and_can_be_tried_again(folder: Folder, mon
 def test_a_video_that_is_cancelled_while_it_runs_is_dropped_alone(
     folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_room, "BEAT_SECONDS", 0.0)
+    monkeypatch.setattr(worker_room, "BEAT_SECONDS", 0.0)
     requests = asked(folder.engine, 3)
     job = folder.open(requests)
     step = folder.engine.step
@@ -407,22 +407,22 @@ def test_the_writer_holds_the_engine_back_rather_than_piling_frames_up(
     folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[Path] = []
-    put_in_place, decode, finished = Aside.put_in_place, folder.engine.components.family.decoder.decode, [0]
+    put_in_place, decode, finished = Aside.put_in_place, folder.engine.model.family.decoder.decode, [0]
 
     def slow(self: Aside, *options: bool) -> None:
         time.sleep(0.05)
         put_in_place(self, *options)
         written.append(self.path)
 
-    def counting(latents: Any) -> Any:
+    def counting(latents: Any, tiles: Any) -> Any:
         finished[0] += 1
-        assert finished[0] - len(written) <= run_room.UNWRITTEN + run_room.DECODE_BESIDE + 2
-        return decode(latents)
+        assert finished[0] - len(written) <= worker_room.UNWRITTEN + DECODE_BESIDE + 2
+        return decode(latents, tiles)
 
     monkeypatch.setattr(Aside, "put_in_place", slow)
-    monkeypatch.setattr(folder.engine.components.family.decoder, "decode", counting)
+    monkeypatch.setattr(folder.engine.model.family.decoder, "decode", counting)
     folder.engine.planner.max_batch_size = 1
-    folder.engine.decode_beside = run_room.DECODE_BESIDE
+    folder.engine.decode_beside = DECODE_BESIDE
     folder.make(asked(folder.engine, 14, steps=1, frames=1, height=16, width=16))
     assert set(folder.states().values()) == {"done"}
     assert finished == [14]
@@ -499,7 +499,7 @@ def test_settings_that_changed_are_refused_before_a_model_is_loaded(
     tiny_folder: Path, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert job_run(tiny_folder).exit_code == 0
-    monkeypatch.setattr("reelbatch.cli.making.open_engine", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("reelbatch.cli.run.open_engine", lambda *_, **__: pytest.fail("the model was loaded"))
     told = str(job_run(tiny_folder, "--isolation", "packed").exception)
     assert "isolation was 'exact' and is 'packed'" in told
     assert "--as-new" in told
@@ -544,5 +544,5 @@ def test_ctrl_c_once_saves_what_runs_and_twice_stops_at_once(tiny_folder: Path, 
         assert any(row.step for row in rows)
         assert {row.state for row in rows} == {"waiting"}
     else:
-        Manifest.in_folder(Path("o")).bury()
+        Manifest.in_folder(Path("o")).reap()
         assert Manifest.in_folder(Path("o")).counts()[State.WAITING] == len(rows)

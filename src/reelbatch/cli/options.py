@@ -197,7 +197,7 @@ def parse_vae_tiling(text: str | None) -> int | None:
 def with_options(command: Callable[..., Result]) -> Callable[..., Result]:
     """A command for typer in which each parameter that is a dataclass stands as that class's fields, one by one."""
     hints = get_type_hints(command, include_extras=True)
-    groups: dict[str, type] = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
+    groups: dict[str, Any] = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
     parameters = []
     for parameter in inspect.signature(command).parameters.values():
         own = groups.get(parameter.name)

@@ -75,7 +75,7 @@ class RequestOptions:
 
     @property
     def request_fields(self) -> dict[str, Any]:
-        """Of `VideoRequest`, and `copies`: those that were given. The seed is not among them: it counts on.
+        """Fields of `VideoRequest`, and `copies`, that were given. The seed is not among them, as it counts on.
 
         Raises:
             ValueError: for a --vae-tiling that is neither a word that is known nor a number.

@@ -60,10 +60,10 @@ def plan_of(options: EngineOptions, requests: list[VideoRequest], info: ModelInf
     config, line = options.config(), None
     if options.batch_size is None:
         identities = _identities(config, info, requests)
-        found = profiles.advice(identities, config.isolation, config.max_batch_size, options.offload)
-        if len(requests) > 1 or found.offload != config.offload:  # else there is no batch to speak of
-            config = options.config(max_batch_size=found.batch_size, offload=found.offload)
-            line = found.line
+        advice = profiles.advice(identities, config.isolation, config.max_batch_size, options.offload)
+        if len(requests) > 1 or advice.offload != config.offload:  # else there is no batch to speak of
+            config = options.config(max_batch_size=advice.batch_size, offload=found.offload)
+            line = advice.line
     return Plan(requests, info, config, line, options.checkpoint_every)
 
 
@@ -76,7 +76,7 @@ def measured_profile(plan: Plan) -> Profile | None:
 
 
 def _identities(config: EngineConfig, info: ModelInfo, requests: Sequence[VideoRequest]) -> list[Identity]:
-    """Of a run of all these requests, and of each of their shapes."""
+    """What a profile must be of: all of these requests, or each of their shapes."""
     from reelbatch.tune import profiles
     from reelbatch.tune.workload import shape_class, shape_of
 

@@ -106,7 +106,7 @@ def look_ahead(
 
 
 def pace(rows: Sequence[VideoRow]) -> Pace:
-    """Of the latest videos, over the time in which any of them was made; what is left is weighed by its work."""
+    """The pace of the latest videos, over the time in which any was made; what is left is weighed by its work."""
     done = sorted((row for row in rows if row.state == State.DONE and row.ended), key=lambda row: str(row.ended))
     done = done[-LATEST:]
     seconds = _covered([(_seconds_of(row.started), _seconds_of(row.ended)) for row in done])

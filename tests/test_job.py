@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import hashlib
 import importlib.util
 import json
 import os
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,8 +27,8 @@ from reelbatch.cli import app
 from reelbatch.engine.engine import Engine
 from reelbatch.engine.loop import DECODE_BESIDE
 from reelbatch.jobs import worker as worker_room
-from reelbatch.jobs.job import JobChanged, in_order
-from reelbatch.jobs.manifest import FILE, Manifest, State
+from reelbatch.jobs.job import JobChanged, Settings, in_order
+from reelbatch.jobs.manifest import FILE, Manifest, ManifestError, State
 from reelbatch.jobs.states import States
 from reelbatch.jobs.verify import make_again, verify
 from reelbatch.jobs.worker import FolderError
@@ -103,15 +105,53 @@ def test_the_same_job_again_makes_nothing(folder: Folder) -> None:
         ({"isolation": "packed"}, "isolation was 'exact' and is 'packed'"),
         ({"weights": "others"}, "weights was 'm' and is 'others'"),
         ({"naming": "vbench"}, "naming was 'default' and is 'vbench'"),
+        ({"threads": 3}, "threads was 2 and is 3 (OMP_NUM_THREADS=2 makes it what it was)"),
+        ({"device": "cuda", "threads": None}, "device was 'cpu' and is 'cuda'"),
     ],
 )
 def test_a_job_of_other_settings_is_refused_with_what_differs(folder: Folder, change: dict, told: str) -> None:
     requests = asked(folder.engine, 2)
-    folder.make(requests)
+    list(folder.run(folder.open(requests, threads=2)))
     with pytest.raises(JobChanged, match="--as-new") as refused:
-        folder.open(requests, **change)
+        folder.open(requests, **{"threads": 2, **change})
     assert refused.value.differences == (told,)
     assert set(folder.states().values()) == {"done"}
+
+
+def test_threads_are_part_of_a_fingerprint_and_change_no_byte_of_one_without(engine: Engine) -> None:
+    (request,) = asked(engine, 1)
+    before = Settings("m", "w", "cpu", "float32", "auto", "exact")
+    told = request.model_dump(mode="json", exclude={"id", "tags", "name"})
+    decides = {**dict(vars(before)), "lora": []}
+    del decides["naming"], decides["threads"]
+    digest = hashlib.sha256(json.dumps([told, decides], sort_keys=True).encode()).hexdigest()
+    assert "vae_tiling" not in told
+    assert before.fingerprint(request) == digest
+    assert before.fingerprints(request) == (digest,)
+    now = replace(before, threads=2)
+    assert now.record == {**before.record, "threads": 2}
+    assert now.fingerprints(request) == (now.fingerprint(request), digest)
+    tiled = request.model_copy(update={"vae_tiling": 64})
+    assert len({settings.fingerprint(r) for settings in (before, now) for r in (request, tiled)}) == 4
+
+
+@pytest.mark.parametrize("mode", ["resume", "add"])
+def test_a_job_that_recorded_no_threads_goes_on_with_those_of_this_machine(folder: Folder, mode: str) -> None:
+    requests = asked(folder.engine, 3)
+    list(folder.run(folder.open(requests), stopping=stop_after(folder.engine, STEPS + 1)))
+    later = Folder(folder.path, Engine(folder.engine.model, max_batch_size=1))
+    (earlier,) = folder.manifest.jobs()
+    assert "threads" not in earlier.settings
+    new = [request.model_copy(update={"id": f"again{i}"}) for i, request in enumerate(requests)]
+    job = later.open(new, mode, threads=2)
+    assert {row.id for row in job.rows} == {request.id for request in requests}
+    list(later.run(job))
+    again = later.open(new, threads=2)  # the job that "add" made records them, and has rows that do not
+    assert again.open == []
+    assert later.frames() == alone(folder.engine, requests)
+    if mode == "add":
+        with pytest.raises(JobChanged, match="OMP_NUM_THREADS=2"):
+            later.open([*new, *asked(folder.engine, 1, width=48)], threads=3)
 
 
 def test_a_job_of_other_requests_is_refused_or_made_beside(folder: Folder) -> None:
@@ -381,6 +421,46 @@ def test_a_request_that_fails_is_told_and_can_be_tried_again(folder: Folder, mon
     folder.manifest.retry([State.FAILED])
     folder.make(requests)
     assert folder.frames() == alone(folder.engine, requests)
+
+
+def test_what_the_engine_handed_out_is_written_though_the_manifest_refuses_a_failure(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of these end in one step, the failure first."""
+    requests = asked(folder.engine, 3, steps=1)
+    encode = folder.engine.model.family.text.encode
+
+    def broken(prompt: str, prompt_2: str | None = None) -> Any:
+        if prompt == "a cat 0":
+            raise RuntimeError("the tokenizer is on fire")
+        return encode(prompt, prompt_2)
+
+    def refuse(*_: object) -> bool:
+        raise ManifestError("the manifest cannot be used: disk I/O error")
+
+    monkeypatch.setattr(folder.engine.model.family.text, "encode", broken)
+    monkeypatch.setattr(folder.manifest, "fail", refuse)
+    with pytest.raises(ManifestError):
+        folder.make(requests)
+    assert folder.states() == {"a cat 0": "waiting", "a cat 1": "done", "a cat 2": "done"}
+
+
+def test_a_file_that_cannot_be_written_for_want_of_memory_is_tried_again(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_in_place, calls = Aside.put_in_place, []
+
+    def short(self: Aside, *options: bool) -> None:
+        calls.append(self.path)
+        if len(calls) == 1 or self.path.name.startswith("a-cat-1"):
+            raise MemoryError("no room for a frame")
+        put_in_place(self, *options)
+
+    monkeypatch.setattr(Aside, "put_in_place", short)
+    outcomes = {outcome.request.prompt: outcome for outcome in folder.make(asked(folder.engine, 3))}
+    assert folder.states() == {"a cat 0": "done", "a cat 1": "failed", "a cat 2": "done"}
+    assert "writing a-cat-1-seed1.mp4 runs out of memory, whatever was tried: no room" in str(outcomes["a cat 1"].error)
+    assert not (folder.path / worker_room.OWN_FOLDER).exists()
 
 
 def test_a_video_that_is_cancelled_while_it_runs_is_dropped_alone(

@@ -62,7 +62,7 @@ def plan_of(options: EngineOptions, requests: list[VideoRequest], info: ModelInf
         identities = _identities(config, info, requests)
         advice = profiles.advice(identities, config.isolation, config.max_batch_size, options.offload)
         if len(requests) > 1 or advice.offload != config.offload:  # else there is no batch to speak of
-            config = options.config(max_batch_size=advice.batch_size, offload=found.offload)
+            config = options.config(max_batch_size=advice.batch_size, offload=advice.offload)
             line = advice.line
     return Plan(requests, info, config, line, options.checkpoint_every)
 

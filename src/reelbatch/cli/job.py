@@ -18,7 +18,7 @@ from rich.live import Live
 from reelbatch.cli.common import OUTPUT, SOME_FAILED, app, check_writable, console, say, warnings_as_lines
 from reelbatch.cli.job_views import show_outlook, status_record, status_table
 from reelbatch.cli.options import EngineOptions, RequestOptions, with_options
-from reelbatch.cli.run import Plan, make, measured_profile, plan_of, warn
+from reelbatch.cli.run import Plan, make, measured, plan_of, warn
 
 if TYPE_CHECKING:
     from reelbatch.jobs.job import Mode
@@ -280,4 +280,4 @@ def _outlook(plan: Plan, out: Path, url: str | None) -> Outlook:
         rows = Manifest.in_folder(out, url, must_exist=True).rows()
     free = shutil.disk_usage(next(folder for folder in (out, *out.resolve().parents) if folder.exists())).free
     settings = settings_of(plan.config, plan.info, "default")
-    return look_ahead(plan.requests, settings, rows, plan.config.max_batch_size, measured_profile(plan), free)
+    return look_ahead(plan.requests, settings, rows, plan.config.max_batch_size, measured(plan), free)

@@ -34,7 +34,8 @@ class RequestOptions:
         int | None, typer.Option(help="Videos of each prompt, with seeds one after another.", rich_help_panel=REQUEST)
     ] = None
     prompt_2: Annotated[
-        str | None, typer.Option("--prompt-2", help="A separate prompt for CLIP.", rich_help_panel=REQUEST)
+        str | None,
+        typer.Option("--prompt-2", help="A separate prompt for the second text encoder.", rich_help_panel=REQUEST),
     ] = None
     negative_prompt: Annotated[
         str | None, typer.Option(help="What to keep away from; needs --true-cfg above 1.", rich_help_panel=REQUEST)

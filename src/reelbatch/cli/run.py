@@ -21,10 +21,11 @@ if TYPE_CHECKING:
     from reelbatch.jobs.job import Job, Mode
     from reelbatch.jobs.manifest import Manifest
     from reelbatch.jobs.naming import Naming
+    from reelbatch.jobs.outlook import Measured
     from reelbatch.jobs.worker import Outcome
     from reelbatch.loading.inspection import ModelInfo
     from reelbatch.request import VideoRequest
-    from reelbatch.tune.profiles import Identity, Profile
+    from reelbatch.tune.profiles import Identity
 
 WORDS_SHOWN = 20
 SHEET_ROWS = 200
@@ -67,12 +68,14 @@ def plan_of(options: EngineOptions, requests: list[VideoRequest], info: ModelInf
     return Plan(requests, info, config, line, options.checkpoint_every)
 
 
-def measured_profile(plan: Plan) -> Profile | None:
+def measured(plan: Plan) -> Measured | None:
     """What `tune` measured for these shapes, if it did."""
+    from reelbatch.jobs.outlook import Measured
     from reelbatch.tune import profiles
 
     stored = (profiles.find(wanted).profile for wanted in _identities(plan.config, plan.info, plan.requests))
-    return next(filter(None, stored), None)
+    profile = next(filter(None, stored), None)
+    return profile and Measured(profile.videos_per_hour, profile.measured)
 
 
 def _identities(config: EngineConfig, info: ModelInfo, requests: Sequence[VideoRequest]) -> list[Identity]:

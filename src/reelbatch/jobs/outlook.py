@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import date, datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from reelbatch.jobs.manifest import OPEN, State, VideoRow
@@ -14,7 +14,6 @@ from reelbatch.request import VideoRequest
 
 if TYPE_CHECKING:
     from reelbatch.jobs.job import Settings
-    from reelbatch.tune.profiles import Profile
 
 LATEST = 200
 """Videos that the present pace is taken from."""
@@ -31,6 +30,13 @@ class Kind(NamedTuple):
     frames: int
     steps: int
     branches: int
+
+
+class Measured(NamedTuple):
+    """What `tune` measured for such videos."""
+
+    videos_per_hour: float
+    when: date
 
 
 class Pace(NamedTuple):
@@ -72,13 +78,13 @@ def look_ahead(
     settings: Settings,
     rows: Sequence[VideoRow],
     batch_size: int,
-    profile: Profile | None,
+    measured: Measured | None,
     free_bytes: int | None = None,
 ) -> Outlook:
     """What requests will take beside the rows that their folder holds.
 
     Args:
-        profile: what `tune` measured for them, if anything.
+        measured: by `tune`, if it was.
     """
     done = Counter(row.fingerprint for row in rows if row.state == State.DONE)
     left = []
@@ -88,7 +94,7 @@ def look_ahead(
             left.append(request)
         else:
             done[known] -= 1
-    seconds, time_from = _seconds(left, rows, profile)
+    seconds, time_from = _seconds(left, rows, measured)
     size, disk_from = _bytes(left, rows)
     return Outlook(
         videos=len(requests),
@@ -136,15 +142,15 @@ def _kind(request: VideoRequest) -> Kind:
 
 
 def _seconds(
-    left: Sequence[VideoRequest], rows: Sequence[VideoRow], profile: Profile | None
+    left: Sequence[VideoRequest], rows: Sequence[VideoRow], measured: Measured | None
 ) -> tuple[float | None, str]:
     rate = pace(rows).videos_per_hour
     done = [row.to_request().work for row in rows if row.state == State.DONE]
     if rate is not None:
         per_work = 3600 / rate / (sum(done) / len(done))
         return per_work * sum(request.work for request in left), "as the videos in this folder took"
-    if profile is not None:
-        return 3600 / profile.videos_per_hour * len(left), f"as `tune` measured on {profile.measured}"
+    if measured is not None:
+        return 3600 / measured.videos_per_hour * len(left), f"as `tune` measured on {measured.when}"
     return None, "nothing was measured yet: `reelbatch tune` does, and so does a first run with --limit"
 
 

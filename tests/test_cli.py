@@ -126,6 +126,7 @@ def test_what_cannot_work_is_refused_before_a_model_is_loaded(
     command = ("generate", "a cat", "--model", tiny_folder)
     assert "no videos can be written there" in str(call(*command, "--out", "file").exception)
     assert "seed=-1 must be a whole number from 0" in str(call(*command, "--seed", -1).exception)
+    assert "did you mean 'own-frame'?" in str(call(*command, "--attention-rule", "own-fram").exception)
     for words in (("--isolation", "packd"), ("--batch-size", 0), ("--batch-tokens", 0), ("--steps", "ten")):
         result = call(*command, *words)
         assert result.exit_code == 2

@@ -318,6 +318,24 @@ def test_a_file_in_place_whose_row_was_not_written_is_adopted(folder: Folder, mo
     assert all(sidecar(folder.path / name).exists() for name in placed)
 
 
+@pytest.mark.parametrize("threads", ["as here", "not recorded", "others"])
+def test_a_file_in_place_is_adopted_unless_its_record_names_other_threads(folder: Folder, threads: str) -> None:
+    job = folder.open(asked(folder.engine, 1))
+    (row,) = job.rows
+    (video,) = folder.engine.generate([row.to_request()])
+    here = video.provenance.pop("threads")
+    if threads != "not recorded":
+        video.provenance["threads"] = here + (threads == "others")
+    path = video.save(folder.path / row.file)
+    data = path.read_bytes()
+    (outcome,) = folder.run(job)
+    assert path.read_bytes() == data
+    if threads == "others":
+        assert isinstance(outcome.error, FileExistsError)
+    else:
+        assert (outcome.error, folder.frames()[row.prompt]) == (None, video.frames_sha256)
+
+
 # -- what goes wrong -------------------------------------------------------------------------------
 
 

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from reelbatch.jobs.naming import Naming
     from reelbatch.jobs.outlook import Measured
     from reelbatch.jobs.worker import Outcome
+    from reelbatch.loading.identity import Identity
     from reelbatch.loading.inspection import ModelInfo
     from reelbatch.request import VideoRequest
-    from reelbatch.tune.profiles import Identity
 
 WORDS_SHOWN = 20
 SHEET_ROWS = 200
@@ -75,17 +75,15 @@ def measured(plan: Plan) -> Measured | None:
 
     stored = (profiles.find(wanted).profile for wanted in _identities(plan.config, plan.info, plan.requests))
     profile = next(filter(None, stored), None)
-    return profile and Measured(profile.videos_per_hour, profile.measured)
+    return None if profile is None else Measured(profile.videos_per_hour, profile.measured)
 
 
 def _identities(config: EngineConfig, info: ModelInfo, requests: Sequence[VideoRequest]) -> list[Identity]:
     """What a profile must be of: all of these requests, or each of their shapes."""
-    from reelbatch.tune import profiles
+    from reelbatch.loading.identity import identity
     from reelbatch.tune.workload import shape_class, shape_of
 
-    about = profiles.identity(
-        info.folder, info.name, "", device=config.device, dtype=config.dtype, attention=config.attention
-    )
+    about = identity(info.folder, info.name, "", device=config.device, dtype=config.dtype, attention=config.attention)
     kinds = [shape_class(requests), *sorted({shape_of(request) for request in requests})]
     return [about.model_copy(update={"shapes": kind}) for kind in kinds]
 
@@ -130,7 +128,7 @@ def make(
             say(plan.advice)
         engine = open_engine(plan.config)
         if engine.calibration is not None:
-            say(f"--max-memory: estimates are {engine.calibration.line}")
+            say(f"--max-memory: estimates of a step are {engine.calibration.line}")
         with interruptible() as interrupted, display([row.to_request() for row in job.open], console) as shown:
             engine.subscribe(shown.event)
             worker = Worker(

@@ -33,26 +33,9 @@ from reelbatch.loading.load import load
 from reelbatch.loading.lora import save_lora
 from reelbatch.loading.model import Model
 
-WORDS = tuple(
-    [
-        "a",
-        "large",
-        "small",
-        "red",
-        "blue",
-        "circle",
-        "cross",
-        "moving",
-        "left",
-        "right",
-        "up",
-        "on",
-        "the",
-        "black",
-        "white",
-        "background",
-        "slowly",
-    ]
+WORDS = (
+    *("a", "large", "small", "red", "blue", "circle", "cross", "moving", "left", "right", "up", "on", "the"),
+    *("black", "white", "background", "slowly"),
 )
 CPU = torch.device("cpu")
 

@@ -29,7 +29,7 @@ from reelbatch.memory.alignment import align_weights, aligned
 from reelbatch.models.hunyuan_video.branch import Branch
 from reelbatch.models.hunyuan_video.transformer import HunyuanVideoTransformer3DModel
 from reelbatch.models.linear import linear, padding_of
-from reelbatch.repair.repair import repair, restore
+from reelbatch.repairs.repair import repair, restore
 
 
 @pytest.fixture(params=["this machine", "bits by address"])

@@ -49,6 +49,7 @@ from reelbatch.models.layers import (
     modulated_norm,
 )
 from reelbatch.models.linear import linear, pad_rows, padding_of
+from reelbatch.tracing import run_block
 
 DIFFUSERS_BACKENDS = {
     "native": AUTO,
@@ -156,6 +157,9 @@ class HunyuanVideoTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
         ValueError: if the configuration is of another network, or does not fit together.
     """
 
+    # Diffusers writes it into model_index.json. With one level more, the folder has the name of one of its pipelines, and
+    # it would look for the class there.
+    __module__ = "reelbatch.models.hunyuan_video"
     _supports_gradient_checkpointing = True
     _skip_layerwise_casting_patterns: ClassVar = ["x_embedder", "context_embedder", "norm"]
     _no_split_modules: ClassVar = ["DualStreamBlock", "SingleStreamBlock", "PatchEmbed", "TokenRefiner"]
@@ -301,7 +305,7 @@ class HunyuanVideoTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
     def _run(self, block: nn.Module, packs: list[Any]) -> list[Any]:
         if torch.is_grad_enabled() and self.gradient_checkpointing:
             return self._gradient_checkpointing_func(block, packs)
-        return block(packs)
+        return run_block(block, packs)
 
     def _embed(self, pack: Sequence[Branch], shapes: tuple[BranchShape, ...]) -> TwoStreams:
         timestep = torch.stack([branch.timestep for branch in pack])

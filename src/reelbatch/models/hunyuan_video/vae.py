@@ -25,6 +25,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from reelbatch.device import trim_heap
+from reelbatch.models.linear import linear
 from reelbatch.tracing import run_tile, tracing
 
 
@@ -57,12 +58,12 @@ class FrameCausalAttnProcessor:
     ) -> Float[Tensor, "batch tokens channels"]:
         normed = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
         query, key, value = (
-            project(normed).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            linear(project, normed).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
             for project in (attn.to_q, attn.to_k, attn.to_v)
         )
         attended = frame_causal_attention(query, key, value, num_frames)
         projection, dropout = attn.to_out
-        return dropout(projection(attended.transpose(1, 2).flatten(2))) + hidden_states
+        return dropout(linear(projection, attended.transpose(1, 2).flatten(2))) + hidden_states
 
 
 class FrameCausalMidBlock3D(HunyuanVideoMidBlock3D):

@@ -167,7 +167,7 @@ def test_both_text_encoders_stay_on_the_device(tmp_path: Any, cuda: Trace) -> No
     states = encoder.encode("a red dog")
     assert states.text.device.type == states.pooled.device.type == "cuda"
     assert states.text.shape[1:] == (4096,) and states.pooled.shape == (768,)
-    # token ids come from the CPU, once an encoder; transformers reads a few values to make its masks; nothing comes back
+    # token ids come from the CPU; transformers reads a few values to make its masks; nothing else comes back
     ours = [kind for kind, place in cuda.waits.elements() if "torch.tensor" in place.code]
     assert len(ours) <= cuda.waits.total() <= TEXT_WAITS, cuda.waits
     assert not any(kind == "copy from cuda to cpu" for kind, _ in cuda.waits)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .engine.engine import Engine
     from .models.hunyuan_video.transformer import HunyuanVideoTransformer3DModel
-    from .repair.repair import repair, restore
+    from .repairs.repair import repair, restore
     from .request import VideoRequest
     from .video import Video
 
@@ -44,8 +44,8 @@ _HOMES = {
     "HunyuanVideoTransformer3DModel": ".models.hunyuan_video.transformer",
     "Video": ".video",
     "VideoRequest": ".request",
-    "repair": ".repair.repair",
-    "restore": ".repair.repair",
+    "repair": ".repairs.repair",
+    "restore": ".repairs.repair",
 }
 
 

@@ -16,8 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reelbatch.models.hunyuan_video.vae import frame_causal_attention
-from reelbatch.repair.fix import Undo, require_source
-from reelbatch.repair.reclass import reclass, stands_in
+from reelbatch.repairs.fix import Undo, require_source
+from reelbatch.repairs.reclass import reclass, stands_in
 
 VAE_SOURCE = (
     (HunyuanVideo15AttnBlock, "forward", "17696850c92a2a8c61692e44bdcd2fe3b6dc7d1e96513dc3d31d9cea5195b647"),

@@ -41,8 +41,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from reelbatch.ragged import Lengths
-from reelbatch.repair.fix import CannotRepair, Fix, Undo, require_source
-from reelbatch.repair.hunyuan_video15_pipeline import (
+from reelbatch.repairs.fix import CannotRepair, Fix, Undo, require_source
+from reelbatch.repairs.hunyuan_video15_pipeline import (
     FrameCausalAttnBlock,
     PromptMajorI2V,
     PromptMajorT2V,
@@ -50,7 +50,7 @@ from reelbatch.repair.hunyuan_video15_pipeline import (
     repair_vae,
     vae_blocks,
 )
-from reelbatch.repair.reclass import reclass, stands_in
+from reelbatch.repairs.reclass import reclass, stands_in
 
 TRANSFORMER_SOURCE = (
     (HunyuanVideo15Transformer3DModel, "forward", "6a119831862d5f463cc7b762d6321605401492c10a74f9cf8adf72dc1f9d343e"),

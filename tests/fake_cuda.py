@@ -134,6 +134,7 @@ class Trace(TorchDispatchMode):
         self.peak_at, self.largest_of = ELSEWHERE, ""
         self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._paused = False
+        self._read_last: int | None = None
 
     def reset(self) -> None:
         """Begins to count anew; what is alive stays counted."""
@@ -172,13 +173,16 @@ class Trace(TorchDispatchMode):
                 self._wait(f"copy from {source.device.type} to {target.device.type}")
         on_device = on_device or any(tensor.device.type == "cuda" for tensor in outputs)
         if on_device and namespace != "prim" and not self._paused and not is_view(func, name, inputs, outputs):
+            self._read_last = None
             self.kernels[name if namespace == "aten" else f"{namespace}.{name}"] += 1
         return result
 
     def _read(self, func: Any, tensor: Tensor, on_device: bool) -> Any:
         """A value that is not there. CPU tensors are fake too."""
-        if on_device:
+        storage = tensor.untyped_storage()._cdata
+        if on_device and storage != self._read_last:  # `tolist` of fake tensors reads element by element
             self._wait(func._schema.name.partition("::")[2])
+        self._read_last = storage
         if func is torch.ops.aten.nonzero.default:  # as if all were set
             return torch.empty(tensor.numel(), max(tensor.ndim, 1), dtype=torch.int64, device=tensor.device)
         if func is torch.ops.aten.equal.default:

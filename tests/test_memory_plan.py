@@ -18,7 +18,7 @@ from reelbatch.memory.calibration import SCALES, Calibration, Correction, fit, s
 from reelbatch.request import ModelLimits, VideoRequest
 from reelbatch.tune.plan import LARGEST_BATCH, Setup, answer, open_model, remedies
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 PHASES = ("step", "decode")
 CUDA = torch.device("cuda")
 

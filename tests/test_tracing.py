@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ from reelbatch.geometry import Geometry
 from reelbatch.loading.hub import DEMO_FOLDER
 from reelbatch.loading.load import load
 from reelbatch.loading.precision import Precision
-from reelbatch.loading.skeleton import from_folder, hunyuanvideo_13b, traceable
+from reelbatch.loading.skeleton import from_folder, hunyuanvideo_13b
 from reelbatch.memory.estimate import CPU_MARGIN, GPU_MARGIN, Estimator
 from reelbatch.memory.streaming import network_bytes
 from reelbatch.models.layers import rotary_table
@@ -276,7 +275,7 @@ def test_a_loaded_model_and_its_skeleton_are_estimated_alike_and_stay_as_they_ar
     model.family.forget()
     weights = {name: [w.clone() for w in part.parameters()] for name, part in model.family.parts.items()}
 
-    sides = [Estimator(family, "exact", CPU) for family in (traceable(model), demo)]
+    sides = [Estimator(family, "exact", CPU) for family in (model.family, demo)]
     plans = [side.plan([wanted.for_model(demo.limits)] * 2) for side in sides]
     assert plans[0].step == plans[1].step and plans[0].decode == plans[1].decode
     assert plans[0].weights == pytest.approx(dict(plans[1].weights), rel=0.01)
@@ -285,14 +284,6 @@ def test_a_loaded_model_and_its_skeleton_are_estimated_alike_and_stay_as_they_ar
         assert all(torch.equal(a, b) for a, b in zip(weights[name], part.parameters(), strict=True)), name
     after = Engine(model).generate([wanted])[0].frames
     assert (before == after).all()
-
-
-def test_networks_that_are_moved_while_they_run_are_traced_by_a_skeleton(demo: Any) -> None:
-    loaded = SimpleNamespace(family=demo, folder=DEMO_FOLDER, device=CPU)
-    offloaded: Any = SimpleNamespace(**vars(loaded), offload="block", precision=FP32)
-    assert traceable(offloaded) is not demo
-    whole: Any = SimpleNamespace(**vars(loaded), offload="none", precision=FP32)
-    assert traceable(whole) is demo
 
 
 # -- HunyuanVideo in full, against formulas that were derived from its code by hand ----------------

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-import reelbatch
+from reelbatch import __version__
 
 SOME_FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
@@ -33,14 +33,14 @@ OUTPUT = "What comes out"
 MEASURED = "What is measured"
 BOUNDS = "What it keeps to"
 
-# What libraries say while they are imported is not for the people who run commands.
+# What libraries say while they are imported is not for those who run commands.
 for _library in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
     os.environ.setdefault(_library, "error")
 
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"reelbatch {reelbatch.__version__}")
+        typer.echo(f"reelbatch {__version__}")
         raise typer.Exit
 
 
@@ -99,6 +99,11 @@ def check_writable(out: Path) -> None:
 
 
 def quiet_libraries() -> None:
+    """Diffusers and transformers show no bars and no warnings of their own from now on: a command shows its own.
+
+    Loading is quiet by itself; this is for what they say while they work, and for the modules that a command imports
+    late.
+    """
     import diffusers
     import transformers
 

@@ -15,9 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from reelbatch.loading.inspection import inspect
-from reelbatch.loading.model import Model
 from reelbatch.loading.precision import NOT_CONVERTED, Precision
-from reelbatch.models.family import Family
 from reelbatch.models.hunyuan_video.family import HunyuanVideo
 from reelbatch.models.hunyuan_video.text import DEFAULT_TEMPLATE, PromptTemplate, TextEncoder
 from reelbatch.models.hunyuan_video.transformer import HunyuanVideoTransformer3DModel
@@ -63,14 +61,6 @@ def from_folder(folder: Path, precision: Precision, device: torch.device) -> Hun
     info = inspect(folder)
     template = info.profile.prompt_template or DEFAULT_TEMPLATE
     return _family(configs, precision, device, info.limits, info.flow_shift, template)
-
-
-def traceable(model: Model) -> Family:
-    """What a loaded model's memory is traced with: its own family, which knows its LoRAs, or a skeleton where its weights
-    come and go or are in 8 bits, as running that would move them."""
-    if model.offload == "none" and not model.precision.int8:
-        return model.family
-    return from_folder(model.folder, model.precision, model.device)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What work will cost in memory: traced on fake tensors, plus a margin.
 
-The margin is for what a trace does not see: libraries, the C allocator on a CPU, the caching allocator and the context on
-a GPU. That of the CPU was measured by benchmarks/memory_plan.py; that of GPUs is an assumption.
+The margin is for what a trace does not see: libraries, the C allocator on a CPU, the caching allocator and the context
+on a GPU. That of the CPU was measured by benchmarks/memory_plan.py; that of GPUs is an assumption.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def margin(device: torch.device) -> Margin:
 
 
 STEPS_OFF, DECODES_OFF = (-0.115, 0.812), (-0.086, 0.332)
-"""Lowest and highest error (estimate over measured, less 1) on a CPU: of 52 peaks of steps, and of 34 of decodes in fp32,
-which an earlier version measured on another processor. Estimates are furthest off, and too high, for tiny videos."""
+"""Lowest and highest error (estimate over measured, less 1) on a CPU: of 52 peaks of steps and 34 of decodes in fp32,
+which an earlier version measured on another processor. Estimates of tiny videos are the furthest off, and too high."""
 
 
 def how_far_off(device: torch.device | str) -> str:
@@ -170,7 +170,7 @@ class Estimator:
         return channels * frames * height * width * torch.float32.itemsize
 
     def step_tensors(self, requests: Sequence[VideoRequest]) -> int:
-        """Bytes of tensors of a step, without the margin. In the number of equal requests they grow by the same each."""
+        """Bytes of tensors of a step, without the margin. Each further one of equal requests adds the same."""
         counts = Counter(map(_alike, requests))
         traced = {request: min(count, TRACED) for request, count in counts.items()}
         size = base = self._steps(_in_order(traced))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +13,8 @@ from tuning import AMPLE, GIB, little_memory, request, small
 from reelbatch.loading.inspection import ModelInfo
 from reelbatch.loading.model import Model
 from reelbatch.loading.precision import Precision
-from reelbatch.memory.estimate import Network, VideoShape, plan
+from reelbatch.loading.skeleton import hunyuanvideo_13b
+from reelbatch.memory.estimate import Estimator
 from reelbatch.tune import profiles, report, run, workload
 from reelbatch.tune.choose import Limits
 from reelbatch.tune.measure import (
@@ -144,13 +145,15 @@ def test_a_mix_of_shapes_and_steps_is_measured_as_it_is(components: Model, info:
 def test_the_first_offload_that_fits_by_the_plans_estimate_is_taken(
     info: ModelInfo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    network, shape = Network.hunyuanvideo_13b(), VideoShape(544, 960, 97)
-    monkeypatch.setattr(run, "Network", SimpleNamespace(from_info=lambda info: network))
-    asked = [workload.Workload("w", "s", (request(height=544, width=960, frames=97),), 1)]
+    skeleton, estimators = functools.cache(hunyuanvideo_13b), functools.cache(Estimator)  # so that each is traced once
+    monkeypatch.setattr(run, "from_folder", lambda folder, dtype, device: skeleton(dtype, device))
+    monkeypatch.setattr(run, "Estimator", estimators)
+    asked = [workload.Workload("w", "s", (request(height=544, width=960, frames=97, vae_tiling=256),), 1)]
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     bf16, int8 = Precision.parse("bf16", cuda), Precision.parse("int8", cuda)
     kinds = ("none", "component", "block")
-    peaks = [plan(network, [shape], dtypes=bf16, offload=kind, tiled=True, device=cuda).peak for kind in kinds]
+    estimator = estimators(skeleton(bf16, cuda), "exact", cuda)
+    peaks = [estimator.plan(asked[0].requests, kind).peak for kind in kinds]
     assert sorted(peaks, reverse=True) == peaks
     for available, kind, told in (
         (peaks[0], "none", None),
@@ -164,7 +167,8 @@ def test_the_first_offload_that_fits_by_the_plans_estimate_is_taken(
         monkeypatch.setattr(run, "device_memory_bytes", lambda device, have=available: have)
         assert run.first_that_fits(info, asked, cuda, bf16, Limits()) == (found, why)
     monkeypatch.setattr(run, "held_bytes", lambda device: GIB)
-    on_cpu = [plan(network, [shape], dtypes=bf16, offload=kind, tiled=True, device=cpu).peak for kind in kinds]
+    estimator = estimators(skeleton(bf16, cpu), "exact", cpu)
+    on_cpu = [estimator.plan(asked[0].requests, kind).peak for kind in kinds]
     enough = Limits(max_memory=on_cpu[1] + GIB)  # with what the process holds
     assert run.first_that_fits(info, asked, cpu, bf16, enough)[0] == "block"  # there is no component on the CPU
     assert run.first_that_fits(info, asked, cpu, int8, Limits(max_memory=GIB))[0] == "none"

@@ -16,7 +16,8 @@ from reelbatch.loading.inspection import ModelInfo
 from reelbatch.loading.load import load
 from reelbatch.loading.model import Model
 from reelbatch.loading.precision import Precision
-from reelbatch.memory.estimate import Network, VideoShape, plan
+from reelbatch.loading.skeleton import from_folder
+from reelbatch.memory.estimate import Estimator
 from reelbatch.memory.placement import Offload, check_offload, offloads
 from reelbatch.tune import profiles
 from reelbatch.tune.choose import NO_LIMITS, Limits
@@ -150,17 +151,13 @@ def first_that_fits(
 
     "none" too where nothing fits: the estimate may err, and measuring says the rest.
     """
-    network = Network.from_info(info)
     largest = max((request for workload in workloads for request in workload.requests), key=pixels)
-    shape = VideoShape(largest.height or 0, largest.width or 0, largest.frames or 0, largest.uses_cfg)
+    estimator = Estimator(from_folder(info.folder, dtype, device), "exact", device)
     available = device_memory_bytes(device) if limits.max_memory is None else limits.max_memory
     held = held_bytes(device) if device.type == "cpu" else 0
     need: dict[Offload, int] = {}
     for kind in offloads(device, dtype.int8):
-        need[kind] = held + min(
-            plan(network, [shape], dtypes=dtype, offload=kind, tiled=tiled, device=device).peak
-            for tiled in (False, True)  # the engine tiles by itself
-        )
+        need[kind] = held + estimator.plan([largest], kind).peak
         if need[kind] <= available:
             break
     told = ", ".join(f"{gibibytes(size)} with --offload {kind}" for kind, size in need.items())

@@ -77,7 +77,9 @@ class _Trace(TorchDispatchMode):
             if isinstance(leaf, Tensor):
                 self._add(leaf, leaf.untyped_storage().nbytes())
         if convolution:
-            self.peak = max(self.peak, self.live + _convolution_bytes(result, *convolution, self.on_cpu))
+            self.peak = max(
+                self.peak, self.live + _convolution_bytes(result, convolution[0], convolution[1], self.on_cpu)
+            )
         return result
 
     def _input(self, tensor: Tensor) -> Tensor:

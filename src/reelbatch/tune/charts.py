@@ -9,8 +9,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
-from reelbatch.tune.measure import Point
-from reelbatch.tune.sweep import ISOLATIONS, Swept
+from reelbatch.tune.figures import Point
+from reelbatch.tune.results import ISOLATIONS, SweepResult
 
 COLORS = {"exact": "#1d4ed8", "packed": "#c2410c"}
 STYLES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1, 1, 1)))
@@ -31,7 +31,7 @@ STYLE = {
 CHARTS = ("throughput", "latency", "memory", "drift")
 
 
-def draw(sweeps: Sequence[Swept], max_latency: float | None = None, max_memory: int | None = None) -> dict[str, Figure]:
+def draw(sweeps: Sequence[SweepResult], max_latency: float | None = None, max_memory: int | None = None) -> dict[str, Figure]:
     """The charts of one workload, a line for each isolation and dtype. Limits in seconds and bytes are drawn in."""
     import matplotlib
 
@@ -60,7 +60,7 @@ def svg(figure: Figure) -> str:
 # -- the four --------------------------------------------------------------------------------------
 
 
-def _throughput(sweeps: Sequence[Swept]) -> Figure:
+def _throughput(sweeps: Sequence[SweepResult]) -> Figure:
     figure, axes = _axes("Throughput", "videos an hour", sweeps)
     for line in _lines(sweeps):
         axes.plot(line.batches, [p.videos_per_hour for p in line.points], **line.look)
@@ -76,7 +76,7 @@ def _throughput(sweeps: Sequence[Swept]) -> Figure:
     return figure
 
 
-def _latency(sweeps: Sequence[Swept], limit: float | None) -> Figure:
+def _latency(sweeps: Sequence[SweepResult], limit: float | None) -> Figure:
     figure, axes = _axes("Latency: to the last video of a batch", "seconds", sweeps)
     for line in _lines(sweeps):
         axes.plot(line.batches, [p.last_video_seconds for p in line.points], **line.look)
@@ -89,13 +89,13 @@ def _latency(sweeps: Sequence[Swept], limit: float | None) -> Figure:
     return figure
 
 
-def _memory(sweeps: Sequence[Swept], limit: int | None) -> Figure:
+def _memory(sweeps: Sequence[SweepResult], limit: int | None) -> Figure:
     figure, axes = _axes("Memory at the peak", "GiB", sweeps)
     for line in _lines(sweeps):
         axes.plot(line.batches, [p.memory.peak / 2**30 for p in line.points], **line.look)
-    for index, swept in enumerate(sweeps):
-        if swept.points:
-            split = swept.points[0].memory
+    for index, sweep in enumerate(sweeps):
+        if sweep.points:
+            split = sweep.points[0].memory
             held = (split.weights + split.process) / 2**30
             label = "held before a run" if index == 0 else None
             axes.axhline(held, color="#6b7280", linewidth=1, linestyle=":", label=label)
@@ -110,10 +110,10 @@ def _memory(sweeps: Sequence[Swept], limit: int | None) -> Figure:
     return figure
 
 
-def _drift(sweeps: Sequence[Swept]) -> Figure:
+def _drift(sweeps: Sequence[SweepResult]) -> Figure:
     against = next((p.quality.against for s in sweeps for p in s.points if p.quality), "alone")
     figure, axes = _axes("Drift from the same video alone", "largest pixel difference, of 255", sweeps)
-    compared = [p for swept in sweeps for p in swept.points if p.quality]
+    compared = [p for sweep in sweeps for p in sweep.points if p.quality]
     for line in _lines(sweeps, only=lambda point: point.quality is not None):
         axes.plot(line.batches, [p.quality.largest if p.quality else 0 for p in line.points], **line.look)
     axes.set_yscale("symlog", linthresh=1, linscale=0.6)
@@ -141,25 +141,25 @@ class _Line:
         self.batches = [point.batch for point in points]
 
 
-def _lines(sweeps: Sequence[Swept], only: Callable[[Point], bool] = lambda _: True) -> Iterator[_Line]:
-    for index, swept in enumerate(sweeps):
+def _lines(sweeps: Sequence[SweepResult], only: Callable[[Point], bool] = lambda _: True) -> Iterator[_Line]:
+    for index, sweep in enumerate(sweeps):
         for isolation in reversed(ISOLATIONS):  # exact on top
-            points = [p for p in swept.points if (p.isolation == isolation or p.batch == 1) and only(p)]
+            points = [p for p in sweep.points if (p.isolation == isolation or p.batch == 1) and only(p)]
             points.sort(key=lambda point: point.batch)
-            label = isolation if len(sweeps) == 1 else f"{isolation}, {swept.dtype}"
+            label = isolation if len(sweeps) == 1 else f"{isolation}, {sweep.dtype}"
             if points and (isolation == "exact" or len(points) > 1):
                 look = {"color": COLORS[isolation], "marker": "o", "markersize": 4.5, "linewidth": 1.8, "label": label}
                 yield _Line(points, {**look, "linestyle": STYLES[index % len(STYLES)]})
 
 
-def _axes(title: str, unit: str, sweeps: Sequence[Swept]) -> tuple[Figure, Any]:
+def _axes(title: str, unit: str, sweeps: Sequence[SweepResult]) -> tuple[Figure, Any]:
     figure = Figure(figsize=SIZE, layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(title)
     axes.set_ylabel(unit)
     axes.set_xlabel("batch size")
     axes.set_xscale("log", base=2)
-    batches = sorted({point.batch for swept in sweeps for point in swept.points})
+    batches = sorted({point.batch for sweep in sweeps for point in sweep.points})
     axes.xaxis.set_major_locator(FixedLocator(batches))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
@@ -171,13 +171,13 @@ def _limit(axes: Any, value: float | None, name: str) -> None:
         axes.axhline(value, color="#b91c1c", linewidth=1.2, linestyle="--", label=name)
 
 
-def _finish(axes: Any, sweeps: Sequence[Swept], height: Callable[[Point], float | None]) -> None:
+def _finish(axes: Any, sweeps: Sequence[SweepResult], height: Callable[[Point], float | None]) -> None:
     """Marks the chosen points and places the legend where no line is."""
     axes.set_ylim(0, axes.get_ylim()[1] * 1.18)
-    batches = [point.batch for swept in sweeps for point in swept.points] or [1]
+    batches = [point.batch for sweep in sweeps for point in sweep.points] or [1]
     axes.set_xlim(min(batches) / 1.12, max(batches) * 1.12)
-    for swept in sweeps:
-        chosen = swept.chosen
+    for sweep in sweeps:
+        chosen = sweep.chosen
         value = height(chosen) if chosen else None
         if chosen is not None and value is not None:
             axes.plot(
@@ -190,7 +190,7 @@ def _finish(axes: Any, sweeps: Sequence[Swept], height: Callable[[Point], float 
                 markeredgewidth=1.8,
                 zorder=5,
             )
-            label = f"use {chosen.batch}" if len(sweeps) == 1 else f"{swept.dtype}: {chosen.batch}"
+            label = f"use {chosen.batch}" if len(sweeps) == 1 else f"{sweep.dtype}: {chosen.batch}"
             axes.annotate(
                 label,
                 (chosen.batch, value),

@@ -131,10 +131,10 @@ def _against_others(chosen: Measured, best: Measured, alone: Measured | None, ow
         if largest.batch == 1:
             return "no larger batch was measured"
         gain = best.videos_per_hour / chosen.videos_per_hour - 1
-        found = (
+        others = (
             f"the best of the larger ones gives only {gain:.0%} more" if gain >= 0.005 else "larger ones give no more"
         )
-        return f"one video keeps the device busy already: {found}"
+        return f"one video keeps the device busy already: {others}"
     times = f"{chosen.videos_per_hour / alone.videos_per_hour:.2f} times the throughput of one alone" if alone else ""
     if chosen.batch == best.batch:
         more = "the best measured"
@@ -155,24 +155,24 @@ def _isolations(chosen: Measured, best_exact: float | None, best_packed: float |
         return f"packed is {gain:.0%} faster than exact, more than the {must} that giving up equality must earn"
     if gain > PACKED_MUST_WIN - 1:
         return ""
-    told = f"packed would give {gain:.0%} more" if gain >= 0.005 else "packed gives no more"
-    return f"{told}, so every video stays bit for bit the one it is alone"
+    words = f"packed would give {gain:.0%} more" if gain >= 0.005 else "packed gives no more"
+    return f"{words}, so every video stays bit for bit the one it is alone"
 
 
 def _nothing_kept(points: Sequence[Measured], limits: Limits) -> str:
     quickest = min(points, key=lambda point: point.last_video_seconds)
     least = min(points, key=lambda point: point.peak_bytes)
-    told = []
+    reasons = []
     if limits.max_latency is not None and quickest.last_video_seconds > limits.max_latency:
-        told.append(
+        reasons.append(
             f"--max-latency is {limits.max_latency:g} s, and even batch size {quickest.batch} takes "
             f"{quickest.last_video_seconds:.3g} s to its last video"
         )
     if limits.max_memory is not None and least.peak_bytes > limits.max_memory:
-        told.append(
+        reasons.append(
             f"--max-memory is {limits.max_memory / 2**30:.3g} GiB, and even batch size {least.batch} takes "
             f"{least.peak_bytes / 2**30:.3g} GiB"
         )
-    if not told:
-        told.append("no batch size keeps to --max-latency and --max-memory together")
-    return f"{'; '.join(told)}. Raise the limit, or ask for smaller, shorter videos or fewer steps."
+    if not reasons:
+        reasons.append("no batch size keeps to --max-latency and --max-memory together")
+    return f"{'; '.join(reasons)}. Raise the limit, or ask for smaller, shorter videos or fewer steps."

@@ -8,12 +8,12 @@ from rich.console import Console
 from rich.status import Status
 from rich.text import Text
 
-from reelbatch.tune.sweep import News
+from reelbatch.tune.results import Update
 from reelbatch.wording import duration
 
 
 class Display:
-    """Shows news: what is done stays, what is going on is replaced by what comes next."""
+    """Shows updates: what is done stays, what is going on is replaced by what comes next."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -30,11 +30,11 @@ class Display:
         if self._status:
             self._status.stop()
 
-    def tell(self, news: News) -> None:
-        line = news.text
-        if news.left is not None:
-            line += f" ({'at most' if news.at_most else 'about'} {duration(news.left)} left)"
-        if self._status and not news.done:
+    def show(self, update: Update) -> None:
+        line = update.text
+        if update.left is not None:
+            line += f" ({'at most' if update.at_most else 'about'} {duration(update.left)} left)"
+        if self._status and not update.done:
             self._status.update(Text(line))
         else:
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)

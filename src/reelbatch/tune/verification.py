@@ -1,0 +1,41 @@
+"""Verification: full runs of the chosen size against what was extrapolated."""
+
+from __future__ import annotations
+
+import statistics
+
+from reelbatch.tune.bench import Bench
+from reelbatch.tune.comparison import Comparison
+from reelbatch.tune.results import Check
+from reelbatch.tune.workload import pixels, steps_of
+
+MOST_RUNS = 3
+
+
+def verify(bench: Bench, comparison: Comparison) -> Check | None:
+    """The median of up to three full runs, as time allows; None, with a note, where it allows none."""
+    measured = bench.measured
+    candidates = measured.candidates()
+    if not candidates:
+        return None
+    key = candidates[0]
+    isolation, size = key
+    record = measured.records[key]
+    if record.quality is None and comparison.alone is not None and comparison.seconds(key) <= bench.left():
+        comparison.compare(key)
+    promised = measured.point(key).last_video_seconds
+    wave = max(bench.workload.waves(size), key=lambda wave: sum(pixels(r) * steps_of(r) for r in wave))
+    took: list[float] = []
+    while len(took) < MOST_RUNS and promised < bench.left():
+        bench.say(f"checking with a full run of {size}", promised * (MOST_RUNS - len(took)), at_most=True)
+        took.append(bench.observe(wave, isolation, size).last)
+    if not took and record.full_run is not None:
+        took = [record.full_run]
+    if not took:
+        bench.note(
+            f"the extrapolation was not checked: a full run takes about {promised:.0f} s, more than is left of the "
+            "budget (--budget)"
+        )
+        return None
+    # taken again: decoding was measured anew by those runs
+    return Check(size, isolation, measured.point(key).last_video_seconds, statistics.median(took), len(took))

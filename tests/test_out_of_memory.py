@@ -16,9 +16,8 @@ from folders import Folder
 
 from reelbatch import Video, VideoRequest
 from reelbatch.device import OutOfMemory, is_out_of_memory
-from reelbatch.engine.engine import Engine, Failure
+from reelbatch.engine.engine import Engine, FailedRequests, Failure
 from reelbatch.engine.planner import Planner
-from reelbatch.jobs.worker import DECODE_BESIDE
 from reelbatch.loading.load import load
 from reelbatch.loading.model import Model
 from reelbatch.video import read_video
@@ -56,13 +55,14 @@ def undisturbed(components: Model) -> dict[str, Video]:
 def faults(components: Model, raises: Callable[[str], bool], rng: random.Random) -> Iterator[list[str]]:
     """Asks `raises` at every allocation point, by its name, and runs out of memory there if it says so."""
     struck: list[str] = []
+    transformer = components.family.transformer
     networks = {
         "encode": components.family.text.llama,
         "encode clip": components.family.text.clip,
-        "step": components.family.transformer,
+        "step": transformer,
         "decode": components.family.decoder.vae.decoder,
-        **{f"block {i}": block for i, block in enumerate(components.family.transformer.transformer_blocks)},
-        **{f"single block {i}": block for i, block in enumerate(components.family.transformer.single_transformer_blocks)},
+        **{f"block {i}": block for i, block in enumerate(transformer.transformer_blocks)},
+        **{f"single block {i}": block for i, block in enumerate(transformer.single_transformer_blocks)},
     }
 
     def hook(name: str) -> Callable[..., None]:
@@ -82,6 +82,30 @@ def faults(components: Model, raises: Callable[[str], bool], rng: random.Random)
             handle.remove()
 
 
+TRIES_BEFORE_TILES = 3
+"""Of a decode that changes no pixel: as it is, after memory was freed, with the other networks elsewhere."""
+
+
+@contextmanager
+def failed_decodes(model: Model) -> Iterator[list[torch.Tensor]]:
+    """The latents of every decode that ran out of memory."""
+    failed: list[torch.Tensor] = []
+    decode = model.family.decode
+
+    def watched(latents: torch.Tensor, tile_side: int | None) -> torch.Tensor:
+        try:
+            return decode(latents, tile_side)
+        except Exception:
+            failed.append(latents.clone())
+            raise
+
+    model.family.decode = watched
+    try:
+        yield failed
+    finally:
+        del model.family.decode
+
+
 @pytest.mark.parametrize("seed", range(RUNS))
 def test_whatever_runs_out_when_every_request_ends_once_and_right(
     components: Model,
@@ -92,8 +116,13 @@ def test_whatever_runs_out_when_every_request_ends_once_and_right(
 ) -> None:
     rng = random.Random(seed)
     share = rng.choice([0.02, 0.05, 0.15, 0.4])
-    engine = Engine(components, keep_latents=True, max_batch_size=rng.randint(1, 5))
-    engine.decode_beside = rng.choice([0, DECODE_BESIDE])
+    engine = Engine(
+        components,
+        keep_latents=True,
+        max_batch_size=rng.randint(1, 5),
+        decode_beside=rng.choice([0, 2]),
+        keep_pixels=rng.choice([False, True]),
+    )
     folder = Folder(tmp_path, engine)
     made: dict[str, Video] = {}
     written_aside = Video.written_aside
@@ -105,7 +134,7 @@ def test_whatever_runs_out_when_every_request_ends_once_and_right(
         return written_aside(video, *args)
 
     monkeypatch.setattr(Video, "written_aside", write)
-    with faults(components, lambda name: rng.random() < share, rng):
+    with faults(components, lambda name: rng.random() < share, rng), failed_decodes(components) as failed:
         outcomes = folder.make([request.for_model(engine.limits) for request in requests()])
     assert sorted(outcome.request.id for outcome in outcomes) == sorted(undisturbed)
     rows = {row.id: row for row in folder.manifest.rows()}
@@ -121,9 +150,12 @@ def test_whatever_runs_out_when_every_request_ends_once_and_right(
         assert read_video(outcome.path).shape == expected.frames.shape
         assert video.latents is not None and expected.latents is not None
         assert torch.equal(video.latents, expected.latents)
-        if video.provenance["vae_tiles"] is False:
+        tries = sum(latents.shape == video.latents.shape and torch.equal(latents, video.latents) for latents in failed)
+        if tries < TRIES_BEFORE_TILES or engine.config.keep_pixels:
             assert row.frames_sha256 == expected.frames_sha256
-        else:
+            assert video.provenance["fallbacks"] == []
+        elif row.frames_sha256 != expected.frames_sha256:  # the last resort is recorded
+            assert video.provenance["fallbacks"] == [f"decoded in VAE tiles of {video.provenance['vae_tiles']} pixels"]
             assert np.abs(video.frames.astype(int) - expected.frames).mean() < 2
 
 
@@ -166,32 +198,110 @@ def test_groups_stay_below_what_failed_and_grow_back_together() -> None:
     assert planner.groups([]) == []
 
 
+def whole_is_too_much(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+    if args[0].shape[-1] * 8 > 64:
+        raise MemoryError
+
+
 def test_a_decode_that_never_fits_whole_is_done_in_tiles_and_says_so(
     components: Model, caplog: pytest.LogCaptureFixture
 ) -> None:
     vae = components.family.decoder.vae
     request = VideoRequest(prompt="a cat", height=192, width=192, frames=1, steps=1, id="large")
 
-    def whole(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        if args[0].shape[-1] * vae.spatial_compression_ratio > 64:
-            raise MemoryError
-
-    handle = vae.decoder.register_forward_pre_hook(whole)
+    handle = vae.decoder.register_forward_pre_hook(whole_is_too_much)
     try:
         (video,) = Engine(components).generate([request])
     finally:
         handle.remove()
     assert video.provenance["vae_tiles"] == 64
     assert video.frames.shape == (1, 192, 192, 3)
+    assert video.provenance["fallbacks"] == ["decoded in VAE tiles of 64 pixels"]
     assert not vae.use_tiling
-    assert [record.message for record in caplog.records][
-        -1
-    ] == "out of memory in decoding of large: tried in VAE tiles of 64 pixels"
+    assert caplog.records[-1].message == "out of memory in decoding of large: tried again in VAE tiles of 64 pixels"
+
+
+def test_a_video_whose_pixels_are_to_be_kept_fails_rather_than_be_decoded_in_smaller_tiles(components: Model) -> None:
+    request = VideoRequest(prompt="a cat", height=192, width=192, frames=1, steps=1, id="large")
+    handle = components.family.decoder.vae.decoder.register_forward_pre_hook(whole_is_too_much)
+    engine = Engine(components, keep_pixels=True)
+    try:
+        with pytest.raises(FailedRequests, match="decoding of request 'large'"):
+            engine.generate([request])
+    finally:
+        handle.remove()
+
+
+def test_a_decode_that_fits_once_the_others_are_through_is_as_it_is_alone(
+    components: Model, undisturbed: dict[str, Video]
+) -> None:
+    """The pixels of a video do not depend on who still runs when it is decoded."""
+    for beside in (0, 2):
+        engine = Engine(components, keep_latents=True, decode_beside=beside)
+
+        def crowded(*_: object, engine: Engine = engine) -> None:
+            if engine.running:
+                raise MemoryError
+
+        handle = components.family.decoder.vae.decoder.register_forward_pre_hook(crowded)
+        try:
+            made = engine.generate([*requests(), VideoRequest(prompt="a cat", seed=9, steps=6, frames=5, id="long")])
+        finally:
+            handle.remove()
+        for video in made:
+            assert video.provenance["fallbacks"] == []
+            if video.request.id in undisturbed:
+                assert np.array_equal(video.frames, undisturbed[video.request.id].frames)
+
+
+def test_a_step_that_does_not_fit_beside_others_goes_on_when_it_is_alone(
+    components: Model, undisturbed: dict[str, Video]
+) -> None:
+    engine = Engine(components, keep_latents=True)
+
+    def crowded(module: torch.nn.Module, args: object, kwargs: dict) -> None:
+        wide = any(branch.latents.shape[-1] == 48 // 8 for pack in kwargs["packs"] for branch in pack)
+        if wide and engine.running > 1:
+            raise MemoryError
+
+    handle = components.family.transformer.register_forward_pre_hook(crowded, with_kwargs=True)
+    try:
+        made = engine.generate(requests())
+    finally:
+        handle.remove()
+    for video in made:
+        assert np.array_equal(video.frames, undisturbed[video.request.id].frames)
+
+
+def test_a_decode_beside_the_steps_that_runs_out_does_not_change_its_batch_mates(components: Model) -> None:
+    """The decoder's thread and the engine's decode at the same time, one in smaller tiles: each has its own."""
+    wide = VideoRequest(prompt="a cat", height=192, width=192, frames=1, steps=1, seed=1, id="wide")
+    others = [
+        VideoRequest(prompt="a dog", height=160, width=160, frames=1, steps=2, seed=i, id=f"o{i}") for i in (2, 3)
+    ]
+    expected = {v.request.id: v.frames for v in Engine(components).generate(others)}
+    decoder = components.family.decoder.vae.decoder
+
+    def whole(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        if args[0].shape[-1] * 8 == 192:
+            raise MemoryError
+
+    handle = decoder.register_forward_pre_hook(whole)
+    try:
+        made = {v.request.id: v for v in Engine(components, decode_beside=2).generate([wide, *others])}
+    finally:
+        handle.remove()
+    assert made["wide"].provenance["vae_tiles"] == 128
+    for id, frames in expected.items():
+        assert np.array_equal(made[id].frames, frames)
+        assert made[id].provenance["vae_tiles"] is False
 
 
 def test_what_never_fits_fails_alone_with_what_it_needs(components: Model, undisturbed: dict[str, Video]) -> None:
     def never(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        if args[0].shape[-1] == 48 // components.family.decoder.vae.spatial_compression_ratio:  # the request that is 48 wide
+        if (
+            args[0].shape[-1] == 48 // components.family.decoder.vae.spatial_compression_ratio
+        ):  # the request that is 48 wide
             raise MemoryError("cannot allocate 9 GiB")
 
     handle = components.family.decoder.vae.decoder.register_forward_pre_hook(never)

@@ -66,6 +66,7 @@ class Engine:
         choose(setting, self.config.attention)
         model.family.set_attention_backend(self.config.attention)
         self.model, self.calibration = model, calibration
+        self.isolation, self.max_memory = self.config.isolation, self.config.max_memory
         self.planner = Planner(self.config.max_batch_size, self.config.max_batch_tokens)
         self.decode_beside = self.config.decode_beside
         self.on_progress: Callable[[Progress], None] | None = None

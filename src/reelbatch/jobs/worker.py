@@ -109,7 +109,7 @@ class Run:
             ManifestError: if the manifest cannot be used any more.
         """
         if self.engine.model.device.type != "cpu":
-            self.engine.decode_beside = DECODE_BESIDE
+            self.engine.decode_beside = None
         steps = 0
         with self._heart, ThreadPoolExecutor(max_workers=1, thread_name_prefix="writer") as self._writer:
             self._clear_away()

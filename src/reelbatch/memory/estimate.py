@@ -1,10 +1,237 @@
-from typing import Any
+"""What work will cost in memory: traced on fake tensors, plus a margin.
+
+The margin is for what a trace does not see: libraries, the C allocator on a CPU, the caching allocator and the context on
+a GPU. That of the CPU was measured by benchmarks/memory_plan.py; that of GPUs is an assumption.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
+from typing import Literal, NamedTuple
+from warnings import catch_warnings, simplefilter
+
+import torch
+from torch import Tensor
+
+from reelbatch.memory.placement import Offload
+from reelbatch.memory.streaming import network_bytes, streamed_bytes
+from reelbatch.models.family import PHASES, Family, Phase
+from reelbatch.request import VideoRequest
+from reelbatch.tracing import peak_bytes
+
+LONGEST_PROMPT = "a " * 2048
+"""More words than a text encoder reads."""
+TRACED = 3
+"""Equal requests of a batch that are traced; each further one costs as much as the third."""
+
+
+class Margin(NamedTuple):
+    """What is added to the bytes of tensors: so many, and a share of them."""
+
+    bytes: int
+    share: float
+
+    def added_to(self, tensors: int) -> int:
+        return int(tensors * (1 + self.share)) + self.bytes
+
+
+CPU_MARGIN = Margin(48 * 2**20, 0.2)
+GPU_MARGIN = Margin(768 * 2**20, 0.05)
+
+
+def margin(device: torch.device) -> Margin:
+    return CPU_MARGIN if device.type == "cpu" else GPU_MARGIN
+
+
+def how_far_off(device: torch.device | str) -> str:
+    """What must be said of every estimate."""
+    return "These are estimates."
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Estimated memory of a batch, in bytes.
+
+    Attributes:
+        weights: on the device in each phase.
+        text, step, decode: what each phase takes at its peak besides weights.
+    """
+
+    weights: Mapping[Phase, int]
+    text: int
+    step: int
+    decode: int
+
+    @property
+    def phases(self) -> dict[Phase, int]:
+        """All that each phase takes."""
+        return {phase: self.weights[phase] + getattr(self, phase) for phase in PHASES}
+
+    @property
+    def peak(self) -> int:
+        return max(self.phases.values())
+
+    def fits(self, available_bytes: int) -> bool:
+        return self.peak <= available_bytes
+
+
+class View(NamedTuple):
+    """A sample as the family sees it."""
+
+    request: VideoRequest
+    conditioning: object
+    latents: Tensor
+    timestep: Tensor
 
 
 class Estimator:
-    def __init__(self, *a: Any): ...
-    def step(self, r: Any) -> int:
-        return 0
+    """Estimates for one model. Weights are not counted by `text`, `step` and `decode`; they include the margin.
 
-    def decode(self, r: Any) -> int:
-        return 0
+    Estimates are kept by what a request asks of memory, so only the first of its kind takes time. Any thread may ask.
+
+    Args:
+        family: loaded, or a skeleton (`loading/skeleton.py`). Where weights come and go (offload) or are in 8 bits, it
+            must be a skeleton: its networks are run.
+        isolation: "exact" gives each sample a pack of its own; "packed" puts all in one.
+        device: where the model runs or is to run, which decides the margin.
+        offload: which weights are on the device.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        isolation: Literal["exact", "packed"],
+        device: torch.device,
+        offload: Offload = "none",
+    ) -> None:
+        self.family, self.device, self.isolation, self.offload = family, device, isolation, offload
+        self._margin = margin(device)
+        self._where = device if device.type == "cpu" or torch.cuda.is_available() else torch.device("cpu")
+        self._texts = lru_cache(64)(self._trace_text)
+        self._steps = lru_cache(1024)(self._trace_step)
+        self._decodes = lru_cache(256)(self._trace_decode)
+
+    # -- estimates
+
+    def text(self, request: VideoRequest) -> int:
+        """Encoding the longest text that is read."""
+        return self._margin.added_to(self._texts(_alike(request)))
+
+    def step(self, requests: Sequence[VideoRequest]) -> int:
+        """A step that these requests share, with what is kept of each between steps.
+
+        Raises:
+            ValueError: for no request.
+        """
+        if not requests:
+            raise ValueError("no requests given: a step is of one video or more.")
+        return self._margin.added_to(self.step_tensors(requests))
+
+    def decode(self, request: VideoRequest, waiting: Sequence[VideoRequest] = ()) -> int:
+        """Decoding a request, while the latents of others wait."""
+        tensors = self._decodes(_alike(request)) + sum(self.latent_bytes(other) for other in waiting)
+        return self._margin.added_to(tensors)
+
+    def plan(self, requests: Sequence[VideoRequest]) -> Plan:
+        """A batch: the encoding of a text, a step of all, and decoding one while the others wait."""
+        step = self.step(requests)
+        decodes = []
+        for i, request in enumerate(requests):
+            if request not in requests[:i]:
+                decodes.append(self.decode(request, [*requests[:i], *requests[i + 1 :]]))
+        return Plan(self.weights(), max(map(self.text, requests)), step, max(decodes))
+
+    def weights(self) -> Mapping[Phase, int]:
+        """Bytes of weights on the device in each phase."""
+        family = self.family
+        if self.offload == "none":
+            return MappingProxyType(dict.fromkeys(PHASES, sum(map(network_bytes, family.parts.values()))))
+        found = dict.fromkeys(PHASES, 0)
+        for name, network in family.parts.items():
+            in_blocks = self.offload == "block" and name in family.blockwise
+            size = min(streamed_bytes(network), network_bytes(network)) if in_blocks else network_bytes(network)
+            found[family.phases[name]] += size
+        return MappingProxyType(found)
+
+    # -- tensors
+
+    def latent_bytes(self, request: VideoRequest) -> int:
+        channels, frames, height, width = self.family.geometry.latent_shape(request)
+        return channels * frames * height * width * torch.float32.itemsize
+
+    def step_tensors(self, requests: Sequence[VideoRequest]) -> int:
+        """Bytes of tensors of a step, without the margin. In the number of equal requests they grow by the same each."""
+        counts = Counter(map(_alike, requests))
+        traced = {request: min(count, TRACED) for request, count in counts.items()}
+        size = base = self._steps(_in_order(traced))
+        for request, count in counts.items():
+            if count > TRACED:
+                fewer = self._steps(_in_order({**traced, request: TRACED - 1}))
+                size += (count - TRACED) * (base - fewer)
+        return size
+
+    def _trace_text(self, request: VideoRequest) -> int:
+        longest = {"prompt": LONGEST_PROMPT, **({"negative_prompt": LONGEST_PROMPT} if request.uses_cfg else {})}
+
+        def encode() -> None:
+            with catch_warnings():
+                simplefilter("ignore")  # of words that are cut
+                self.family.encode(request.model_copy(update=longest))
+
+        return peak_bytes(encode, self.device)
+
+    def _trace_step(self, counts: tuple[tuple[VideoRequest, int], ...]) -> int:
+        requests = [request for request, count in counts for _ in range(count)]
+
+        def step() -> object:
+            views = [
+                View(request, self.family.stand_in(request), self._latents(request), self._float(500.0))
+                for request in requests
+            ]
+            branches = [self.family.branches(view) for view in views]
+            packs = branches if self.isolation == "exact" else [[branch for each in branches for branch in each]]
+            velocities = self.family.velocities(packs)
+            del branches, packs
+            each = (velocity for pack in velocities for velocity in pack)
+            return [view.latents + next(each).float() for view in views]  # Euler's step, in fp32
+
+        return peak_bytes(step, self.device)
+
+    def _trace_decode(self, request: VideoRequest) -> int:
+        return peak_bytes(lambda: self.family.decode(self._latents(request), self.family.tile_side(request)), self.device)
+
+    def _latents(self, request: VideoRequest) -> Tensor:
+        return torch.zeros(self.family.geometry.latent_shape(request), device=self._where)
+
+    def _float(self, value: float) -> Tensor:
+        return torch.tensor(value, device=self._where)
+
+
+def _alike(request: VideoRequest) -> VideoRequest:
+    """A request that asks the same of memory as all that differ from it in nothing that matters there."""
+    return request.model_copy(
+        update={
+            "prompt": "-",
+            "prompt_2": None,
+            "negative_prompt": "" if request.uses_cfg else None,
+            "true_cfg": 2.0 if request.uses_cfg else 1.0,
+            "seed": 0,
+            "steps": None,
+            "guidance": None,
+            "flow_shift": None,
+            "attention_rule": None,  # attention takes about the same with rules, and is not where a step takes most
+            "fps": None,
+            "id": "-",
+            "tags": (),
+            "name": None,
+        }
+    )
+
+
+def _in_order(counts: Mapping[VideoRequest, int]) -> tuple[tuple[VideoRequest, int], ...]:
+    """The largest last: where packs work one after the other, that is where most is kept meanwhile."""
+    return tuple(sorted(counts.items(), key=lambda item: (item[0].pixels, item[0].size)))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from reelbatch import ragged
 from reelbatch.attention import AUTO, Mask, ragged_attention
 from reelbatch.ragged import Lengths
+from reelbatch.tracing import cached
 
 NORM_EPS = 1e-6
 
@@ -129,7 +129,7 @@ def _starts(lengths: Lengths) -> Lengths:
     return tuple(sum(lengths[:i]) for i in range(len(lengths)))
 
 
-@lru_cache(maxsize=16)
+@cached(maxsize=16)
 def rotary_table(
     grid: tuple[int, int, int], axes_dim: tuple[int, int, int], theta: float, device: torch.device
 ) -> Complex[Tensor, "video 1 half_head_dim"]:
@@ -150,7 +150,7 @@ def rotary_table(
         return torch.cat(tables, dim=1).unsqueeze(1)
 
 
-@lru_cache(maxsize=256)
+@cached(maxsize=256)
 def make_layout(
     shapes: tuple[BranchShape, ...],
     axes_dim: tuple[int, int, int],

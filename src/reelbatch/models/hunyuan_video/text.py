@@ -10,13 +10,14 @@ from __future__ import annotations
 import string
 import warnings
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from jaxtyping import Float
 from torch import Tensor
 from transformers import CLIPTextModel, DynamicCache, LlamaModel, PreTrainedTokenizerFast
+
+from reelbatch.tracing import cached
 
 HIDDEN_STATE = -3
 """Which of Llama's hidden states conditions the video: the output of the last layer but two, without the final norm."""
@@ -119,9 +120,9 @@ class TextEncoder:
             )
         self.crop_start = crop_start
         self._prefix_ids: list[int] = empty[:crop_start]
-        self._prefix: tuple[tuple[Tensor, Tensor], ...] | None = None  # keys and values of each layer, never changed
-        self._text = lru_cache(cache_size)(self._encode_llama)
-        self._pooled = lru_cache(cache_size)(self._encode_clip)
+        self._prefix = cached(1)(self._prefix_keys_values)
+        self._text = cached(cache_size)(self._encode_llama)
+        self._pooled = cached(cache_size)(self._encode_clip)
 
     def encode(self, prompt: str, prompt_2: str | None = None) -> TextStates:
         """TextStates for `prompt`; CLIP reads `prompt_2` instead where one is given (the reference ignores it).
@@ -136,7 +137,7 @@ class TextEncoder:
     def forget(self, prefix: bool = False) -> None:
         """Drops what is kept of prompts encoded so far; with `prefix`, of the template's beginning as well."""
         if prefix:
-            self._prefix = None
+            self._prefix.cache_clear()
         self._text.cache_clear()
         self._pooled.cache_clear()
 
@@ -152,7 +153,7 @@ class TextEncoder:
         # Text and template are tokenised as one: where the prompt's first letters merge into the prefix's last token,
         # the cached prefix does not hold and the whole is run. This depends on the prompt only.
         if crop and ids[:crop] == self._prefix_ids:
-            return self._llama_states(ids[crop:], DynamicCache(self._prefix_keys_values()))
+            return self._llama_states(ids[crop:], DynamicCache(self._prefix()))
         return self._llama_states(ids)[crop:].clone()
 
     def _llama_states(self, ids: list[int], cache: DynamicCache | None = None) -> Tensor:
@@ -165,11 +166,10 @@ class TextEncoder:
         return output.hidden_states[HIDDEN_STATE][0]
 
     def _prefix_keys_values(self) -> tuple[tuple[Tensor, Tensor], ...]:
-        if self._prefix is None:
-            cache = DynamicCache(config=self.llama.config)
-            self._llama_states(self._prefix_ids, cache)
-            self._prefix = tuple((layer.keys, layer.values) for layer in cache.layers)
-        return self._prefix
+        """Of each layer, for the template's beginning; never written into."""
+        cache = DynamicCache(config=self.llama.config)
+        self._llama_states(self._prefix_ids, cache)
+        return tuple((layer.keys, layer.values) for layer in cache.layers)
 
     @torch.no_grad()
     def _encode_clip(self, prompt: str) -> Tensor:

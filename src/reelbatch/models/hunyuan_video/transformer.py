@@ -48,6 +48,7 @@ from reelbatch.models.layers import (
     make_layout,
     modulated_norm,
 )
+from reelbatch.tracing import run_block
 
 DIFFUSERS_BACKENDS = {
     "native": AUTO,
@@ -300,7 +301,7 @@ class HunyuanVideoTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
     def _run(self, block: nn.Module, packs: list[Any]) -> list[Any]:
         if torch.is_grad_enabled() and self.gradient_checkpointing:
             return self._gradient_checkpointing_func(block, packs)
-        return block(packs)
+        return run_block(block, packs)
 
     def _embed(self, pack: Sequence[Branch], shapes: tuple[BranchShape, ...]) -> TwoStreams:
         timestep = torch.stack([branch.timestep for branch in pack])

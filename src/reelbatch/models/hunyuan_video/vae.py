@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLHunyuanVideo
 from diffusers.models.attention_processor import Attention
 from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import (
+    HunyuanVideoDecoder3D,
     HunyuanVideoMidBlock3D,
     HunyuanVideoUpsampleCausal3D,
 )
@@ -22,6 +23,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from reelbatch.device import trim_heap
+from reelbatch.tracing import run_tile, tracing
 
 
 def frame_causal_attention(
@@ -80,6 +82,23 @@ class FrameCausalMidBlock3D(HunyuanVideoMidBlock3D):
         return self._gradient_checkpointing_func(module, hidden_states) if checkpointing else module(hidden_states)
 
 
+class TileDecoder(HunyuanVideoDecoder3D):
+    """`HunyuanVideoDecoder3D`, which traces of memory run once for each shape."""
+
+    def forward(self, hidden_states: Float[Tensor, "batch channels frames height width"]) -> Tensor:
+        return run_tile(super().forward, hidden_states)
+
+
+class BlendedTiles(AutoencoderKLHunyuanVideo):
+    """`AutoencoderKLHunyuanVideo`, whose blending of tiles, which goes row by row, traces of memory leave out."""
+
+    def blend_v(self, a: Tensor, b: Tensor, blend_extent: int) -> Tensor:
+        return b if tracing() else super().blend_v(a, b, blend_extent)
+
+    def blend_h(self, a: Tensor, b: Tensor, blend_extent: int) -> Tensor:
+        return b if tracing() else super().blend_h(a, b, blend_extent)
+
+
 class SingleSampleConv3d(torch.nn.Conv3d):
     """A convolution that takes oneDNN for one sample too: PyTorch takes a path four times slower on the CPU for it."""
 
@@ -129,6 +148,7 @@ class VideoDecoder:
 
     def __init__(self, vae: AutoencoderKLHunyuanVideo) -> None:
         self.vae = use_frame_causal_attention(vae)
+        vae.decoder.__class__ = TileDecoder
         for module in [*vae.decoder.modules(), *vae.encoder.modules()]:
             if type(module) is torch.nn.Conv3d:
                 module.__class__ = SingleSampleConv3d
@@ -145,6 +165,7 @@ class VideoDecoder:
         """The VAE with its own flags for tiles of so many pixels, a quarter of which overlaps the next tile. Networks
         and weights are those of `vae`; what is set here is seen by no other call."""
         view = copy.copy(self.vae)
+        view.__class__ = BlendedTiles
         view.use_tiling = side is not None
         if side is not None:
             view.tile_sample_min_height = view.tile_sample_min_width = side

@@ -1,0 +1,144 @@
+"""Skeletons: families without weights, for estimates of memory before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import transformers
+from diffusers import AutoencoderKLHunyuanVideo
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from reelbatch.loading.inspection import inspect
+from reelbatch.loading.precision import NOT_CONVERTED, Precision
+from reelbatch.models.hunyuan_video.family import HunyuanVideo
+from reelbatch.models.hunyuan_video.text import DEFAULT_TEMPLATE, PromptTemplate, TextEncoder
+from reelbatch.models.hunyuan_video.transformer import HunyuanVideoTransformer3DModel
+from reelbatch.models.hunyuan_video.vae import VideoDecoder
+from reelbatch.request import ModelLimits
+from reelbatch.tracing import FAKE
+
+HUNYUANVIDEO: Mapping[str, Mapping[str, Any]] = {
+    "transformer": {},
+    "vae": {},
+    "text_encoder": {
+        "vocab_size": 128320,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "text_encoder_2": {
+        "vocab_size": 49408,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "max_position_embeddings": 77,
+    },
+}
+"""HunyuanVideo (13B): its networks' own defaults, Llama 3 8B (as in LLaVA) and CLIP ViT-L/14."""
+
+
+def hunyuanvideo_13b(precision: Precision, device: torch.device) -> HunyuanVideo:
+    """HunyuanVideo as it was published, from the configurations in the code."""
+    return _family(HUNYUANVIDEO, precision, device, ModelLimits(), 7.0, DEFAULT_TEMPLATE)
+
+
+def from_folder(folder: Path, precision: Precision, device: torch.device) -> HunyuanVideo:
+    """The model of a folder in the Diffusers layout, from its JSON files alone.
+
+    Raises:
+        ValueError: if a config.json is missing or cannot be read.
+    """
+    configs = {part: _read_config(folder / part) for part in HUNYUANVIDEO}
+    info = inspect(folder)
+    template = info.profile.prompt_template or DEFAULT_TEMPLATE
+    return _family(configs, precision, device, info.limits, info.flow_shift, template)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder / 'config.json'}: cannot be read ({error}); a plan needs it") from None
+
+
+def _family(
+    configs: Mapping[str, Mapping[str, Any]],
+    precision: Precision,
+    device: torch.device,
+    limits: ModelLimits,
+    flow_shift: float,
+    template: PromptTemplate,
+) -> HunyuanVideo:
+    where = device if device.type == "cpu" or torch.cuda.is_available() else torch.device("cpu")
+    with torch.device("meta"):
+        networks: dict[str, Any] = {
+            "transformer": HunyuanVideoTransformer3DModel.from_config(dict(configs["transformer"])),
+            "vae": AutoencoderKLHunyuanVideo.from_config(dict(configs["vae"])),
+            "text_encoder": transformers.LlamaModel(transformers.LlamaConfig(**configs["text_encoder"])),
+            "text_encoder_2": transformers.CLIPTextModel(transformers.CLIPTextConfig(**configs["text_encoder_2"])),
+        }
+    if precision.int8:
+        _to_int8(networks["transformer"])
+    for name, network in networks.items():
+        _fake_weights(network.eval(), precision.of(name), where)
+    tokenizer: Any = _LetterTokenizer()
+    text = TextEncoder(networks["text_encoder"], tokenizer, networks["text_encoder_2"], tokenizer, template)
+    decoder = VideoDecoder(networks["vae"])
+    return HunyuanVideo(networks["transformer"], decoder, text, flow_shift, limits.defaults, where)
+
+
+def _fake_weights(network: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Weights that are said to be in a dtype on a device, and take no memory."""
+
+    def fake(tensor: Tensor) -> FakeTensor:
+        wanted = dtype if tensor.is_floating_point() else tensor.dtype
+        return FakeTensor(FAKE, torch.empty(tensor.shape, dtype=wanted, device="meta"), device)
+
+    for module in network.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(fake(parameter), requires_grad=False)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = fake(buffer)
+
+
+class _Int8Linear(nn.Module):
+    """A linear layer with weights in 8 bits, which are written out in the dtype of its input while it works."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(linear.weight.to(torch.int8), requires_grad=False)
+        self.scale = nn.Parameter(linear.weight[:, :1], requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return nn.functional.linear(rows, self.weight.to(rows.dtype) * self.scale, self.bias)
+
+
+def _to_int8(transformer: nn.Module) -> None:
+    linears = [
+        (name, module)
+        for name, module in transformer.named_modules()
+        if isinstance(module, nn.Linear) and not any(part in name for part in NOT_CONVERTED)
+    ]
+    for name, linear in linears:
+        parent, _, child = name.rpartition(".")
+        setattr(transformer.get_submodule(parent), child, _Int8Linear(linear))
+
+
+class _LetterTokenizer:
+    """A token for each letter: as good as any where nothing has values."""
+
+    def __call__(self, text: str, max_length: int | None = None, **_: object) -> SimpleNamespace:
+        letters = range(len(text))[:max_length]
+        return SimpleNamespace(input_ids=[0 for _ in letters], offset_mapping=[(i, i + 1) for i in letters])

@@ -8,7 +8,6 @@ import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -20,30 +19,27 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from reelbatch.cli import app
+from reelbatch.engine.config import EngineConfig
 from reelbatch.loading.inspection import ModelInfo, inspect
 from reelbatch.loading.load import load
 from reelbatch.loading.model import Model
 from reelbatch.loading.precision import Precision
-from reelbatch.memory.estimate import Network, VideoShape, plan
+from reelbatch.loading.skeleton import hunyuanvideo_13b
+from reelbatch.memory.estimate import Estimator
+from reelbatch.memory.gauge import memory_of
 from reelbatch.request import RequestError, VideoRequest
-from reelbatch.tune import gauges, profiles, report, run, sweep, workload
+from reelbatch.tune import baseline, bench, comparison, gauges, profiles, repeats, report, run, workload
 from reelbatch.tune.choose import NEAR_BEST, PACKED_MUST_WIN, Limits, NothingKept, choose
-from reelbatch.tune.measure import (
-    DoesNotFit,
-    MemorySplit,
-    Point,
-    Repeat,
-    Spread,
-    Stopped,
-    extrapolate,
-    is_steady,
-    observe,
-)
+from reelbatch.tune.figures import MemorySplit, Point, Repeat, Spread, extrapolate, is_steady
+from reelbatch.tune.measure import DoesNotFit, Stopped, observe
 from reelbatch.tune.quality import Alone, Quality, attributes, compare, psnr, ssim
-from reelbatch.tune.sweep import Check, News, Sweep, Swept
+from reelbatch.tune.results import Check, SweepResult, Update
+from reelbatch.tune.sweep import Sweep
+from reelbatch.tune.write import write
 from reelbatch.video import Video
 
 GIB = 2**30
+CPU = EngineConfig(device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +54,9 @@ def components(tiny_folder: Path) -> Model:
 
 @pytest.fixture(autouse=True)
 def _few_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "MOST_REPEATS", 3)
-    monkeypatch.setattr(sweep, "COMPARED", ((2, 1.0), (1, 0.0)))
-    monkeypatch.setattr(sweep, "matrix_rate", lambda *_: 1e11)
+    monkeypatch.setattr(repeats, "MOST_REPEATS", 3)
+    monkeypatch.setattr(comparison, "COMPARED", ((2, 1.0), (1, 0.0)))
+    monkeypatch.setattr(baseline, "matrix_rate", lambda *_: 1e11)
 
 
 class Clock:
@@ -310,7 +306,7 @@ def test_a_shape_that_is_none_is_refused_with_how_to_write_it(text: str) -> None
 
 
 def test_the_resident_set_sees_a_peak_that_is_gone() -> None:
-    memory = gauges.memory_of(torch.device("cpu"))
+    memory = memory_of(torch.device("cpu"))
     memory.reset()
     before = memory.used()
     torch.ones(2**26).sum()  # 256 MiB
@@ -331,7 +327,7 @@ def test_the_processors_energy_counts_on_over_a_wrap(tmp_path: Path) -> None:
 
 def test_work_of_our_own_is_not_that_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
     times = psutil.cpu_times()
-    others = gauges.Others()
+    others = gauges.Neighbours()
     monkeypatch.setattr(others, "_started", time.perf_counter() - 10.0)
     monkeypatch.setattr(psutil, "cpu_times", lambda: times._replace(user=times.user + 1e6))
     assert others.cores() == pytest.approx(1e5, rel=0.1)
@@ -345,7 +341,7 @@ def test_the_matrix_rate_is_that_of_some_machine() -> None:
 
 def test_flops_are_those_of_the_matrix_products() -> None:
     layer = torch.nn.Linear(32, 64, bias=False)
-    with gauges.counting(layer) as flops, torch.no_grad():
+    with gauges.counting([layer]) as flops, torch.no_grad():
         layer(torch.ones(10, 32))
         assert flops() == 2 * 10 * 32 * 64
 
@@ -390,9 +386,7 @@ def small(info: ModelInfo, largest: int = 4, **fields) -> workload.Workload:
     return workload.of_shape(info, {"frames": 5, **fields}, largest)
 
 
-def test_a_sweep_measures_both_isolations_and_exact_is_equal_to_the_bit(
-    components: Model, info: ModelInfo
-) -> None:
+def test_a_sweep_measures_both_isolations_and_exact_is_equal_to_the_bit(components: Model, info: ModelInfo) -> None:
     swept = Sweep(components, small(info), budget=1000, largest=3, clock=Clock()).run()
     keys = {(p.isolation, p.batch) for p in swept.points}
     assert {("exact", 1), ("exact", 2), ("packed", 2)} <= keys
@@ -444,13 +438,13 @@ def test_a_model_of_which_not_one_video_fits_is_said_to_be_so(
 
 def test_the_budget_is_kept_and_one_alone_is_measured_whatever_it_is(components: Model, info: ModelInfo) -> None:
     clock = Clock()
-    told: list[News] = []
+    told: list[Update] = []
 
-    def tell(news: News) -> None:
+    def tell(news: Update) -> None:
         told.append(news)
         clock.now += 1.0
 
-    found = Sweep(components, small(info, 32), budget=12, largest=32, tell=tell, clock=clock).run()
+    found = Sweep(components, small(info, 32), budget=12, largest=32, on_update=tell, clock=clock).run()
     assert found.points
     assert clock.now < 12 + 4
     assert any("--budget" in note for note in found.notes)
@@ -463,7 +457,7 @@ def test_the_budget_is_kept_and_one_alone_is_measured_whatever_it_is(components:
 def test_on_the_cpu_the_writing_of_files_is_part_of_what_a_video_takes(
     components: Model, info: ModelInfo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("reelbatch.tune.sweep.write_seconds", lambda _: 100.0)
+    monkeypatch.setattr("reelbatch.tune.comparison.write_seconds", lambda _: 100.0)
     found = Sweep(components, small(info), budget=1000, largest=2, clock=Clock()).run()
     assert all(100 < point.seconds_per_video < 200 for point in found.points)
     assert all(point.last_video_seconds < 100 for point in found.points)
@@ -479,11 +473,11 @@ def test_a_limit_of_latency_ends_the_growing(components: Model, info: ModelInfo)
 def test_what_was_measured_is_kept_when_a_person_stops(components: Model, info: ModelInfo) -> None:
     stop = False
 
-    def tell(news: News) -> None:
+    def tell(news: Update) -> None:
         nonlocal stop
         stop |= news.done and "batch size 2, packed" in news.text
 
-    found = Sweep(components, small(info), budget=30, tell=tell, stopping=lambda: stop).run()
+    found = Sweep(components, small(info), budget=30, on_update=tell, stopping=lambda: stop).run()
     assert found.interrupted
     assert {(p.isolation, p.batch) for p in found.points} == {("exact", 1), ("exact", 2), ("packed", 2)}
     assert found.choice is not None
@@ -622,13 +616,16 @@ def test_the_cache_folder_is_the_users_unless_named(monkeypatch: pytest.MonkeyPa
 def test_the_first_offload_that_fits_by_the_plans_estimate_is_taken(
     info: ModelInfo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    network, shape = Network.hunyuanvideo_13b(), VideoShape(544, 960, 97)
-    monkeypatch.setattr(run, "Network", SimpleNamespace(from_info=lambda info: network))
-    asked = [workload.Workload("w", "s", (request(height=544, width=960, frames=97),), 1)]
+    monkeypatch.setattr(run, "from_folder", lambda folder, precision, device: hunyuanvideo_13b(precision, device))
+    large = request(height=544, width=960, frames=97)
+    asked = [workload.Workload("w", "s", (large,), 1)]
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     bf16, int8 = Precision.parse("bf16", cuda), Precision.parse("int8", cuda)
-    kinds = ("none", "component", "block")
-    peaks = [plan(network, [shape], dtypes=bf16, offload=kind, tiled=True, device=cuda).peak for kind in kinds]
+
+    def peak(kind: str, device: torch.device) -> int:
+        return Estimator(hunyuanvideo_13b(bf16, device), "exact", device, kind).plan([large]).peak
+
+    peaks = [peak(kind, cuda) for kind in ("none", "component", "block")]
     assert sorted(peaks, reverse=True) == peaks
     for available, kind, told in (
         (peaks[0], "none", None),
@@ -642,8 +639,7 @@ def test_the_first_offload_that_fits_by_the_plans_estimate_is_taken(
         monkeypatch.setattr(run, "device_memory_bytes", lambda device, have=available: have)
         assert run.first_that_fits(info, asked, cuda, bf16, Limits()) == (found, why)
     monkeypatch.setattr(run, "held_bytes", lambda device: GIB)
-    on_cpu = [plan(network, [shape], dtypes=bf16, offload=kind, tiled=True, device=cpu).peak for kind in kinds]
-    enough = Limits(max_memory=on_cpu[1] + GIB)  # with what the process holds
+    enough = Limits(max_memory=peak("component", cpu) + GIB)  # with what the process holds
     assert run.first_that_fits(info, asked, cpu, bf16, enough)[0] == "block"  # there is no component on the CPU
     assert run.first_that_fits(info, asked, cpu, int8, Limits(max_memory=GIB))[0] == "none"
 
@@ -659,7 +655,7 @@ def test_a_sweep_with_offload_says_so_everywhere_and_keeps_it(
         return "block", "Measured with --offload block (float32): one video is estimated to take more."
 
     monkeypatch.setattr(run, "first_that_fits", short_of_memory)
-    found = run.tune(info, [small(info, 2)], device="cpu", dtypes=["fp32"], budget=6, largest=2)
+    found = run.Tuning(info, [small(info, 2)], CPU, dtypes=["fp32"], budget=6, largest=2).run()
     assert free == ["none"]  # this model fits this machine
     (swept,) = found.sweeps
     assert swept.offload == "block"
@@ -667,7 +663,7 @@ def test_a_sweep_with_offload_says_so_everywhere_and_keeps_it(
     assert all(p.quality.equal for p in swept.points if p.isolation == "exact" and p.quality)
     assert all(point.memory.weights == 0 for point in swept.points)
     assert report.record(found)["sweeps"][0]["offload"] == "block"
-    page = report.write(found, tmp_path / "o")["html"].read_text(encoding="utf-8")
+    page = write(found, tmp_path / "o")["html"].read_text(encoding="utf-8")
     assert " --offload block</code></p>" in page
     assert "isolation, offload block</div>" in page
     console = Console(width=100, record=True, file=open(tmp_path / "t", "w"))  # noqa: SIM115
@@ -693,14 +689,14 @@ def test_offload_can_be_asked_for_and_what_cannot_be_is_refused(
     info: ModelInfo, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run, "first_that_fits", lambda *_: pytest.fail("it was said"))
-    found = run.tune(info, [small(info, 1)], device="cpu", budget=3, largest=1, offload="block", keep=False)
+    found = run.Tuning(info, [small(info, 1)], CPU, budget=3, largest=1, offload="block", keep=False).run()
     assert found.sweeps[0].offload == "block"
     assert not found.notes or "estimated" not in found.notes[0]
     monkeypatch.setattr(run, "load", lambda *_, **__: pytest.fail("the model was loaded"))
     with pytest.raises(ValueError, match="use offload 'block'"):
-        run.tune(info, [small(info, 1)], device="cpu", offload="component")
+        run.Tuning(info, [small(info, 1)], CPU, offload="component").run()
     with pytest.raises(ValueError, match="8-bit weights cannot be offloaded to disk"):
-        run.tune(info, [small(info, 1)], device="cpu", dtypes=["fp32", "int8"], offload="block")
+        run.Tuning(info, [small(info, 1)], CPU, dtypes=["fp32", "int8"], offload="block").run()
 
 
 def test_a_profile_of_before_there_was_offload_is_read_and_a_mix_takes_what_fits_all(
@@ -758,20 +754,20 @@ def made_up(batch: int, isolation: str = "exact", rate: float = 1000.0, **fields
     return replace(base, **fields)
 
 
-def shown(*sweeps: Swept, **fields) -> report.Report:
+def shown(*sweeps: SweepResult, **fields) -> report.Report:
     found = tuple(sweeps) or (made_up_sweep(),)
     return report.Report(
         "demo", "0" * 64, "cpu: a <processor>", {"torch": "2"}, "auto", "2026-11-22", 90.0, 80.0, found, **fields
     )
 
 
-def made_up_sweep(dtype: str = "float32", scale: float = 1.0, **fields) -> Swept:
+def made_up_sweep(dtype: str = "float32", scale: float = 1.0, **fields) -> SweepResult:
     points = tuple(
         replace(made_up(batch, isolation, rate * scale), dtype=dtype)
         for isolation, rates_ in (("exact", {1: 1000, 2: 1500, 4: 1600, 8: 1610}), ("packed", {2: 1550, 4: 1700}))
         for batch, rate in rates_.items()
     )
-    base = Swept(
+    base = SweepResult(
         "64×64, 9 frames, 20 steps", "64×64×9", dtype, points, choose(points), None,
         Check(4, "exact", 2.0, 2.1, 2), 6e10, 16 * GIB, "resident set", 20, 3, 40.0, False, ("exact: stopped at 8",),
     )  # fmt: skip
@@ -779,7 +775,7 @@ def made_up_sweep(dtype: str = "float32", scale: float = 1.0, **fields) -> Swept
 
 
 def test_the_page_says_what_to_choose_and_needs_nothing_from_elsewhere(tmp_path: Path) -> None:
-    files = report.write(shown(), tmp_path / "o")
+    files = write(shown(), tmp_path / "o")
     page = files["html"].read_text(encoding="utf-8")
     assert "Use batch size 4, exact isolation" in page
     assert "1.60 times the throughput of one alone" in page
@@ -805,7 +801,7 @@ def test_several_dtypes_stand_in_one_table_with_speed_against_quality(tmp_path: 
     assert "bfloat16 gives 2.00 times the videos an hour of float32" in text
     assert "from float32 alone" in text
     assert "…" not in text
-    page = report.write(found, tmp_path)["html"].read_text(encoding="utf-8")
+    page = write(found, tmp_path)["html"].read_text(encoding="utf-8")
     assert page.count("Use batch size 4, exact isolation") == 2
     assert page.count("<svg") == 4
 
@@ -821,7 +817,7 @@ def test_a_table_fits_eighty_columns(tmp_path: Path) -> None:
 
 def test_nothing_measured_no_choice_and_an_unquiet_machine_are_shown_as_such(tmp_path: Path) -> None:
     nothing = made_up_sweep(points=(), choice=None, why_none="nothing was measured", check=None, interrupted=True)
-    page = report.write(shown(nothing, interrupted=True), tmp_path)["html"].read_text(encoding="utf-8")
+    page = write(shown(nothing, interrupted=True), tmp_path)["html"].read_text(encoding="utf-8")
     assert "No batch size fits" in page
     assert "Stopped by hand" in page
     wild = made_up_sweep(points=(replace(made_up(1), spread=Spread(3.6, 2.0, 9.0, 5)),))
@@ -890,7 +886,9 @@ def test_tune_takes_a_prompt_file_and_several_dtypes(tiny_folder: Path, here: Pa
 def test_other_dtypes_alone_are_compared_with_fp32_all_the_same(
     info: ModelInfo, cache: Path, tiny_folder: Path
 ) -> None:
-    found = run.tune(info, [small(info, 1)], dtypes=["bf16"], against_fp32=True, budget=5, largest=1, keep=False)
+    found = run.Tuning(
+        info, [small(info, 1)], dtypes=["bf16"], against_fp32=True, budget=5, largest=1, keep=False
+    ).run()
     (point,) = found.sweeps[0].points
     assert point.quality.against == "float32 alone"
     assert not profiles.stored()
@@ -901,14 +899,14 @@ def test_ctrl_c_leaves_what_was_measured_and_stores_nothing(
 ) -> None:
     import signal
 
-    say = sweep.Sweep._say
+    say = bench.Bench.say
 
     def stopping(self, text, left=None, at_most=False, done=False):
         say(self, text, left, at_most, done)
         if done:
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(sweep.Sweep, "_say", stopping)
+    monkeypatch.setattr(bench.Bench, "say", stopping)
     result = call("tune", "--model", tiny_folder, "--budget", "30s", "--out", "t")
     assert result.exit_code == 130
     assert "stopped; this is what was measured until then, and no profile was stored" in result.stderr

@@ -14,8 +14,9 @@ def prepare(bench: Bench) -> None:
     model, workload, measured = bench.model, bench.workload, bench.measured
     bench.say("warming up: a video alone")
     shapes = {shape_of(request): request for request in workload.requests}
+    transformers = [part for name, part in model.family.parts.items() if model.family.phases[name] == "step"]
     for shape, request in shapes.items():
-        with counting(part for name, part in model.family.parts.items() if model.family.phases[name] == "step") as flops:
+        with counting(transformers) as flops:
             bench.observe([request], only_steps=1)
             measured.flops[shape] = flops()
     measured.matrix_flops = matrix_rate(model.device, model.family.dtype)

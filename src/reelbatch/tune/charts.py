@@ -31,7 +31,9 @@ STYLE = {
 CHARTS = ("throughput", "latency", "memory", "drift")
 
 
-def draw(sweeps: Sequence[SweepResult], max_latency: float | None = None, max_memory: int | None = None) -> dict[str, Figure]:
+def draw(
+    sweeps: Sequence[SweepResult], max_latency: float | None = None, max_memory: int | None = None
+) -> dict[str, Figure]:
     """The charts of one workload, a line for each isolation and dtype. Limits in seconds and bytes are drawn in."""
     import matplotlib
 

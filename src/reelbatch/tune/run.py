@@ -151,9 +151,7 @@ class Tuning:
                 ).run_alone()
         except (ModelFolderError, DoesNotFit, MemoryError, torch.OutOfMemoryError) as error:
             self._references.clear()
-            self._notes.append(
-                f"quality is against each dtype's own videos alone, as float32 does not fit: {error}"
-            )
+            self._notes.append(f"quality is against each dtype's own videos alone, as float32 does not fit: {error}")
 
     def _titled(self, workload: Workload, dtype: Precision) -> Callable[[Update], None]:
         """Updates that say which sweep they are of."""

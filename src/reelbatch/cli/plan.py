@@ -58,9 +58,9 @@ def plan(
     from reelbatch.tune.plan import answer
 
     if calibrate:
-        from reelbatch.tune import calibrate as measured
+        from reelbatch.engine.calibrate import calibrate as measure
 
-        measured.calibrate(model, device=device, dtype=dtype)
+        measure(model, device=device, dtype=dtype)
     found = answer(
         model,
         height=height,

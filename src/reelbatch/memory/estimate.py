@@ -202,7 +202,9 @@ class Estimator:
         return peak_bytes(step, self.device)
 
     def _trace_decode(self, request: VideoRequest) -> int:
-        return peak_bytes(lambda: self.family.decode(self._latents(request), self.family.tile_side(request)), self.device)
+        return peak_bytes(
+            lambda: self.family.decode(self._latents(request), self.family.tile_side(request)), self.device
+        )
 
     def _latents(self, request: VideoRequest) -> Tensor:
         return torch.zeros(self.family.geometry.latent_shape(request), device=self._where)

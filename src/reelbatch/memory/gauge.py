@@ -17,6 +17,7 @@ from reelbatch.device import device_memory_bytes, trim_heap
 SPARE = 0.95
 """The share of the free memory that measuring may take."""
 
+
 class Memory(Protocol):
     """Bytes of the device's allocator, or of the process where the CPU computes."""
 

@@ -14,50 +14,15 @@ from datetime import date
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from reelbatch.device import cache_folder, choose_device, device_name
+from reelbatch.device import cache_folder, choose_device
 from reelbatch.engine.planner import Isolation
-from reelbatch.loading.hashing import weights_hash
-from reelbatch.loading.precision import Precision
+from reelbatch.loading.identity import Identity, described, identity
 from reelbatch.memory.placement import Offload
 from reelbatch.versions import versions
 
-
-class Identity(BaseModel):
-    """All that a profile holds for. shapes: as `workload.shape_class` says them."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    model: str
-    weights: str
-    device: str
-    dtype: str
-    attention: str
-    versions: dict[str, str]
-    shapes: str
-
-    def differences(self, other: Identity) -> list[str]:
-        """What sets a stored profile (`self`) apart from what is asked for (`other`), in words."""
-        told = []
-        if self.model != other.model:
-            told.append(f"it is of the model {self.model}, and this is {other.model}")
-        if self.shapes != other.shapes:
-            told.append(f"it is of {self.shapes}, and this is {other.shapes}")
-        if self.device != other.device:
-            told.append(f"it is of the device {self.device!r}, and this is {other.device!r}")
-        if self.dtype != other.dtype:
-            told.append(f"it is of {self.dtype}, and this is {other.dtype}")
-        if self.attention != other.attention:
-            told.append(f"it is of --attention {self.attention}, and this is {other.attention}")
-        if self.weights != other.weights:
-            told.append("the model's weights are others now")
-        for name in sorted({*self.versions, *other.versions}):
-            then, now = (side.versions.get(name, "none") for side in (self, other))
-            if then != now:
-                told.append(f"it was measured with {name} {then}, and this is {now}")
-        return told
+__all__ = ["Advice", "Found", "Identity", "Profile", "advice", "find", "identity", "store", "stored"]
 
 
 class Profile(BaseModel):
@@ -99,32 +64,6 @@ class Found(NamedTuple):
 
     profile: Profile | None
     refused: str | None = None
-
-
-def identity(
-    folder: Path,
-    model: str,
-    shapes: str,
-    *,
-    device: str | torch.device = "auto",
-    dtype: Precision | str = "auto",
-    attention: str = "auto",
-) -> Identity:
-    """Of a run of the model in `folder`."""
-    chosen = choose_device(device)
-    return Identity(
-        model=model,
-        weights=weights_hash(folder),
-        device=_described(chosen),
-        dtype=str(Precision.parse(dtype, chosen)),
-        attention=attention,
-        versions=versions(),
-        shapes=shapes,
-    )
-
-
-def _described(device: torch.device) -> str:
-    return f"{device.type}: {device_name(device)}"
 
 
 def store(profile: Profile) -> Path:
@@ -185,7 +124,7 @@ def _now(profile: Profile) -> Identity | None:
         device = choose_device(profile.identity.device.partition(":")[0])
     except ValueError:
         return None
-    return profile.identity.model_copy(update={"device": _described(device), "versions": versions()})
+    return profile.identity.model_copy(update={"device": described(device), "versions": versions()})
 
 
 def stale(profile: Profile) -> str | None:

@@ -196,7 +196,7 @@ def _workloads(
     return info, list({one.name: one for one in measured}.values())
 
 
-def _demo_captions(count: int) -> list[tuple[Scene, str]]:
+def _demo_captions(count: int) -> Sequence[tuple[Scene, str]]:
     """Captions that the bundled model knows, with what they show: seen in training and not, in turn."""
     from reelbatch.demo.evaluate import prompts
 

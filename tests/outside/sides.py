@@ -10,7 +10,7 @@ from typing import Any
 
 import diffusers
 
-SUBSTITUTES = {"HunyuanVideoTransformer3DModel": "reelbatch.models.hunyuan_video"}
+SUBSTITUTES = {"HunyuanVideoTransformer3DModel": "reelbatch"}
 """Diffusers' class names, and the module that holds ours."""
 
 PIPELINES = ("HunyuanVideoPipeline", "HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline")

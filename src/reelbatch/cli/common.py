@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-import reelbatch
+from reelbatch import __version__
 
 SOME_FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
@@ -40,7 +40,7 @@ for _library in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"reelbatch {reelbatch.__version__}")
+        typer.echo(f"reelbatch {__version__}")
         raise typer.Exit
 
 

@@ -11,7 +11,7 @@ from reelbatch.cli.common import ENGINE, REQUEST
 Copies = Annotated[
     int | None, typer.Option(help="Videos of each prompt, with seeds one after another.", rich_help_panel=REQUEST)
 ]
-Prompt2 = Annotated[str | None, typer.Option("--prompt-2", help="A separate prompt for CLIP.", rich_help_panel=REQUEST)]
+Prompt2 = Annotated[str | None, typer.Option("--prompt-2", help="A separate prompt for the second text encoder.", rich_help_panel=REQUEST)]
 NegativePrompt = Annotated[
     str | None, typer.Option(help="What to keep away from; needs --true-cfg above 1.", rich_help_panel=REQUEST)
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,22 @@ def test_other_dtypes_alone_are_compared_with_fp32_all_the_same(
     (point,) = found.sweeps[0].points
     assert point.quality.against == "float32 alone"
     assert not profiles.stored()
+
+
+def test_a_model_is_let_go_before_the_next_is_loaded(
+    info: ModelInfo, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, loaded = run.load, []
+
+    def watched(*given, **options):
+        assert [model() for model in loaded] == [None] * len(loaded)
+        model = load(*given, **options)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(run, "load", watched)
+    run.Tuning(info, [small(info, 1)], CPU, dtypes=["fp32", "bf16"], budget=AMPLE, largest=1, keep=False).run()
+    assert len(loaded) == 2
 
 
 def test_ctrl_c_leaves_what_was_measured_and_stores_nothing(

@@ -120,3 +120,47 @@ def test_a_batch_that_the_engine_had_to_divide_does_not_count(
     with pytest.raises(DoesNotFit, match="in 3 parts"):
         observe(model, requests, "exact", 4)
     observe(model, requests[:2], "exact", 2)
+
+
+class Scripted:
+    """A gauge that reads what it is given, one peak after the other."""
+
+    what = "a script"
+
+    def __init__(self, used: int, peaks: list[int]) -> None:
+        self._used, self._peaks = used, iter(peaks)
+
+    def used(self) -> int:
+        return self._used
+
+    def reset(self) -> None: ...
+
+    def peak(self) -> int:
+        return next(self._peaks)
+
+
+def test_peaks_are_those_of_each_phase_above_what_was_held(model: Model, info: ModelInfo) -> None:
+    requests = workload.of_shape(info, {}, 4).take(2)
+    gauge = Scripted(1000, [1010, 1020, *(1300, 1200, 1100), 1050, 1070])  # two texts, three steps, two decodings
+    trace = observe(model, requests, "exact", 2, gauge=gauge)
+    assert trace.peaks == {"text": 20, "step": 300, "decode": 70}
+
+
+def test_a_run_in_which_memory_ran_out_anywhere_does_not_count(
+    model: Model, info: ModelInfo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine makes the video all the same; what that took says nothing of a run with enough memory."""
+    decode, calls = model.family.decode, 0
+
+    def short(*given):
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decode(*given)
+
+    monkeypatch.setattr(model.family, "decode", short)
+    (one,) = workload.of_shape(info, {}, 1).take(1)
+    with pytest.raises(DoesNotFit, match=r"memory ran out in decoding of 0, which was tried again after memory was"):
+        observe(model, [one], "exact", 1)
+    assert calls == 2

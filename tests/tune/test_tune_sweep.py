@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -143,14 +144,18 @@ def test_a_mix_of_shapes_and_steps_is_measured_as_it_is(model: Model, info: Mode
 def test_the_first_offload_that_fits_by_the_plans_estimate_is_taken(
     info: ModelInfo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "from_folder", lambda folder, precision, device: hunyuanvideo_13b(precision, device))
+    skeleton = cache(hunyuanvideo_13b)
+    monkeypatch.setattr(run, "from_folder", lambda folder, precision, device: skeleton(precision, device))
+    monkeypatch.setattr(run, "Estimator", cache(Estimator))  # traced once, as it takes seconds
     large = request(height=544, width=960, frames=97)
     asked = [workload.Workload("w", "s", (large,), 1)]
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     bf16, int8 = Precision.parse("bf16", cuda), Precision.parse("int8", cuda)
 
     def peak(kind: str, device: torch.device) -> int:
-        return Estimator(hunyuanvideo_13b(bf16, device), "exact", device, kind).plan([large]).peak
+        estimator = run.Estimator(skeleton(bf16, device), "exact", device)
+        estimator.offload = kind
+        return estimator.plan([large]).peak
 
     peaks = [peak(kind, cuda) for kind in ("none", "component", "block")]
     assert sorted(peaks, reverse=True) == peaks

@@ -221,10 +221,11 @@ def first_that_fits(
     largest = max((request for workload in workloads for request in workload.requests), key=pixels)
     available = device_memory_bytes(device) if limits.max_memory is None else limits.max_memory
     held = held_bytes(device) if device.type == "cpu" else 0
-    skeleton = from_folder(info.folder, dtype, device)
+    estimator = Estimator(from_folder(info.folder, dtype, device), "exact", device)
     need: dict[Offload, int] = {}
     for kind in offloads(device, dtype.int8):
-        need[kind] = held + Estimator(skeleton, "exact", device, kind).plan([largest]).peak
+        estimator.offload = kind  # of weights alone: what was traced stays
+        need[kind] = held + estimator.plan([largest]).peak
         if need[kind] <= available:
             break
     takes = ", ".join(f"{gibibytes(size)} with --offload {kind}" for kind, size in need.items())

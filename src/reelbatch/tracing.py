@@ -154,18 +154,18 @@ def tracing() -> bool:
 
 
 def run_block(block: nn.Module, packs: list[R]) -> list[R]:
-    """`block(packs)`, for blocks whose output takes as much as their input. A trace runs one of those that are alike."""
+    """`block(packs)`, for blocks whose output takes as much as their input. A trace runs one of equal ones."""
     if _thread.trace is None:
         return block(packs)  # type: ignore[no-any-return]
     alike = type(block), tuple((name, weight.shape, weight.dtype) for name, weight in block.named_parameters())
     return _thread.trace.run(alike, lambda: block(packs), lambda _: packs)
 
 
-def run_tile(network: Callable[[Tensor], Tensor], tile: Tensor) -> Tensor:
-    """`network(tile)`. A trace runs one of the tiles of each shape."""
+def run_tile(kind: str, network: Callable[[Tensor], Tensor], tile: Tensor) -> Tensor:
+    """`network(tile)`. A trace runs one of the tiles of each kind and shape."""
     if _thread.trace is None:
         return network(tile)
-    return _thread.trace.run((tile.shape, tile.dtype), lambda: network(tile), _empty)
+    return _thread.trace.run((kind, tile.shape, tile.dtype), lambda: network(tile), _empty)
 
 
 def _empty(shapes: list[tuple[torch.Size, torch.dtype, torch.device]]) -> Tensor:

@@ -98,7 +98,6 @@ class Estimator:
             must be a skeleton: its networks are run.
         isolation: "exact" gives each sample a pack of its own; "packed" puts all in one.
         device: where the model runs or is to run, which decides the margin.
-        offload: which weights are on the device.
     """
 
     def __init__(
@@ -106,9 +105,8 @@ class Estimator:
         family: Family,
         isolation: Literal["exact", "packed"],
         device: torch.device,
-        offload: Offload = "none",
     ) -> None:
-        self.family, self.device, self.isolation, self.offload = family, device, isolation, offload
+        self.family, self.isolation, self.device = family, isolation, device
         self._margin = margin(device)
         self._where = device if device.type == "cpu" or torch.cuda.is_available() else torch.device("cpu")
         self._texts = lru_cache(64)(self._trace_text)
@@ -136,26 +134,23 @@ class Estimator:
         tensors = self._decodes(_alike(request)) + sum(self.latent_bytes(other) for other in waiting)
         return self._margin.added_to(tensors)
 
-    def plan(self, requests: Sequence[VideoRequest]) -> Plan:
-        """A batch: the encoding of a text, a step of all, and decoding one while the others wait."""
-        step = self.step(requests)
-        decodes = []
-        for i, request in enumerate(requests):
-            if request not in requests[:i]:
-                decodes.append(self.decode(request, [*requests[:i], *requests[i + 1 :]]))
-        return Plan(self.weights(), max(map(self.text, requests)), step, max(decodes))
+    def plan(self, requests: Sequence[VideoRequest], offload: Offload = "none") -> Plan:
+        """A batch: the encoding of a text, a step of all, and decoding one while the latents of the others wait."""
+        step, counts = self.step(requests), Counter(map(_alike, requests))
+        latents = sum(count * self.latent_bytes(request) for request, count in counts.items())
+        decode = max(self._decodes(request) + latents - self.latent_bytes(request) for request in counts)
+        return Plan(self.weights(offload), max(map(self.text, counts)), step, self._margin.added_to(decode))
 
-    def weights(self) -> Mapping[Phase, int]:
+    def weights(self, offload: Offload = "none") -> Mapping[Phase, int]:
         """Bytes of weights on the device in each phase."""
         family = self.family
-        if self.offload == "none":
+        if offload == "none":
             return MappingProxyType(dict.fromkeys(PHASES, sum(map(network_bytes, family.parts.values()))))
-        found = dict.fromkeys(PHASES, 0)
+        sizes = dict.fromkeys(PHASES, 0)
         for name, network in family.parts.items():
-            in_blocks = self.offload == "block" and name in family.blockwise
-            size = min(streamed_bytes(network), network_bytes(network)) if in_blocks else network_bytes(network)
-            found[family.phases[name]] += size
-        return MappingProxyType(found)
+            in_blocks = offload == "block" and name in family.blockwise
+            sizes[family.phases[name]] += streamed_bytes(network) if in_blocks else network_bytes(network)
+        return MappingProxyType(sizes)
 
     # -- tensors
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import (
     HunyuanVideoMidBlock3D,
     HunyuanVideoUpsampleCausal3D,
 )
+from diffusers.models.autoencoders.vae import DecoderOutput
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
@@ -86,11 +88,18 @@ class TileDecoder(HunyuanVideoDecoder3D):
     """`HunyuanVideoDecoder3D`, which traces of memory run once for each shape."""
 
     def forward(self, hidden_states: Float[Tensor, "batch channels frames height width"]) -> Tensor:
-        return run_tile(super().forward, hidden_states)
+        return run_tile("decoder", super().forward, hidden_states)
 
 
-class BlendedTiles(AutoencoderKLHunyuanVideo):
-    """`AutoencoderKLHunyuanVideo`, whose blending of tiles, which goes row by row, traces of memory leave out."""
+class TiledVAE(AutoencoderKLHunyuanVideo):
+    """`AutoencoderKLHunyuanVideo` that keeps traces of memory short: they take one of the equal stretches of time, and
+    leave out blending, which goes row by row."""
+
+    def tiled_decode(self, z: Tensor, return_dict: bool = True) -> Any:
+        if not tracing():
+            return super().tiled_decode(z, return_dict)
+        decoded = run_tile("frames", lambda frames: super(TiledVAE, self).tiled_decode(frames, False)[0], z)
+        return DecoderOutput(sample=decoded) if return_dict else (decoded,)
 
     def blend_v(self, a: Tensor, b: Tensor, blend_extent: int) -> Tensor:
         return b if tracing() else super().blend_v(a, b, blend_extent)
@@ -165,7 +174,7 @@ class VideoDecoder:
         """The VAE with its own flags for tiles of so many pixels, a quarter of which overlaps the next tile. Networks
         and weights are those of `vae`; what is set here is seen by no other call."""
         view = copy.copy(self.vae)
-        view.__class__ = BlendedTiles
+        view.__class__ = TiledVAE
         view.use_tiling = side is not None
         if side is not None:
             view.tile_sample_min_height = view.tile_sample_min_width = side
@@ -216,7 +225,7 @@ def to_frames(video: Float[Tensor, "3 frames height width"]) -> UInt8[Tensor, "f
     """8-bit frames on the CPU of values from -1 to 1. Frame by frame, so that no copy of the video in fp32 is made."""
     _, count, height, width = video.shape
     frames = torch.empty(count, height, width, 3, dtype=torch.uint8, device=video.device)
-    for i in range(count):
+    for i in range(1 if tracing() else count):  # a trace of memory: each frame takes the same
         values = video[:, i].float().mul(0.5).add_(0.5).clamp_(0, 1).mul_(255).round_()
         frames[i] = values.permute(1, 2, 0)
     return frames.cpu()

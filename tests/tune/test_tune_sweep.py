@@ -153,9 +153,7 @@ def test_the_first_offload_that_fits_by_the_plans_estimate_is_taken(
     bf16, int8 = Precision.parse("bf16", cuda), Precision.parse("int8", cuda)
 
     def peak(kind: str, device: torch.device) -> int:
-        estimator = run.Estimator(skeleton(bf16, device), "exact", device)
-        estimator.offload = kind
-        return estimator.plan([large]).peak
+        return run.Estimator(skeleton(bf16, device), "exact", device).plan([large], kind).peak
 
     peaks = [peak(kind, cuda) for kind in ("none", "component", "block")]
     assert sorted(peaks, reverse=True) == peaks

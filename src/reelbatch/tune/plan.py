@@ -198,9 +198,7 @@ def answer(
     return Answer(setup, plan, available, setup.largest_batch(available), instead, refused)
 
 
-def _stored(
-    model: str, planned: Planned, device: str, precision: Precision
-) -> tuple[Calibration | None, str | None]:
+def _stored(model: str, planned: Planned, device: str, precision: Precision) -> tuple[Calibration | None, str | None]:
     """The calibration of a model and a device that are both here, or why the one that is stored is not used."""
     if model.lower() in PLAIN_13B:
         return None, None

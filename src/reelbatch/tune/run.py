@@ -224,8 +224,7 @@ def first_that_fits(
     estimator = Estimator(from_folder(info.folder, dtype, device), "exact", device)
     need: dict[Offload, int] = {}
     for kind in offloads(device, dtype.int8):
-        estimator.offload = kind  # of weights alone: what was traced stays
-        need[kind] = held + estimator.plan([largest]).peak
+        need[kind] = held + estimator.plan([largest], kind).peak
         if need[kind] <= available:
             break
     takes = ", ".join(f"{gibibytes(size)} with --offload {kind}" for kind, size in need.items())

@@ -23,6 +23,8 @@ def prepare(bench: Bench) -> None:
     bench.observe([shortened(max(shapes.values(), key=pixels), 1)])
     free_memory()
     measured.held = bench.gauge.used()
+    if bench.memory_limit is None:
+        bench.memory_limit = bench.gauge.limit()
     if model.offload == "none":
         measured.weights = sum(map(network_bytes, model.family.parts.values()))
     longest = max(workload.requests, key=lambda request: len(request.prompt))

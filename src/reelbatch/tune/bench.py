@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from reelbatch.engine.config import EngineConfig
 from reelbatch.engine.planner import Isolation
@@ -16,6 +17,7 @@ from reelbatch.tune.figures import Repeat
 from reelbatch.tune.gauges import energy_meter
 from reelbatch.tune.measure import RunTrace, observe
 from reelbatch.tune.measurements import Key, Measurements, Record
+from reelbatch.tune.quality import Alone
 from reelbatch.tune.results import Update
 from reelbatch.tune.workload import Workload, frames_of
 
@@ -25,41 +27,48 @@ LONG_STEP = 10.0
 """Seconds from which a repeat is two steps."""
 
 
+@dataclass
 class Bench:
     """What all phases of a sweep share.
 
     Args:
+        budget: seconds for all of it; batch size 1 is measured whatever it takes.
+        limits: of the choice; growing stops at the first size that breaks one.
         config: of the engine: attention.
-        budget: seconds for all of it.
+        reference: videos that others of the same workload gave alone, to compare with (another dtype's, say).
+        largest: batch size tried.
+        memory_limit: bytes that are not to be passed; None asks the device.
         on_update: called with what is going on.
         stopping: asked between steps.
         clock: seconds, for tests.
 
     Attributes:
         measured: figures so far.
+        alone: the videos that were generated alone.
         steps: of the first repeat of a size.
         notes: why growing stopped, and what could not be measured.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        workload: Workload,
-        config: EngineConfig,
-        budget: float,
-        limits: Limits = NO_LIMITS,
-        on_update: Callable[[Update], None] = lambda _: None,
-        stopping: Callable[[], bool] = lambda: False,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
-        self.model, self.workload, self.config, self.limits = model, workload, config, limits
-        self.measured = Measurements(workload, str(model.precision), limits)
-        self.gauge = memory_of(model.device)
-        self.steps = min(STEPS, workload.steps)
+    model: Model
+    workload: Workload
+    budget: float
+    limits: Limits = NO_LIMITS
+    config: EngineConfig = EngineConfig()  # noqa: RUF009  (frozen)
+    reference: Alone | None = None
+    largest: int = 32
+    memory_limit: int | None = None
+    on_update: Callable[[Update], None] = lambda _: None
+    stopping: Callable[[], bool] = lambda: False
+    clock: Callable[[], float] = time.perf_counter
+
+    def __post_init__(self) -> None:
+        self.measured = Measurements(self.workload, str(self.model.precision), self.limits)
+        self.alone: Alone | None = None
+        self.steps = min(STEPS, self.workload.steps)
         self.notes: list[str] = []
-        self.clock, self._budget, self._started = clock, budget, clock()
-        self._joules = energy_meter(model.device)
-        self._on_update, self._stopping = on_update, stopping
+        self.gauge = memory_of(self.model.device)
+        self._joules = energy_meter(self.model.device)
+        self._started = self.clock()
 
     # -- running -----------------------------------------------------------------------------------
 
@@ -78,15 +87,10 @@ class Bench:
             DoesNotFit: if memory ran out.
         """
         trace = observe(
-            self.model,
-            requests,
-            isolation,
-            batch,
-            config=self.config,
-            only_steps=only_steps,
+            *(self.model, requests, isolation, batch, self.config, only_steps),
             gauge=self.gauge if weigh else None,
             joules=self._joules,
-            stopping=self._stopping,
+            stopping=self.stopping,
         )
         for request in () if weigh else requests:
             if request.id in trace.decodes:
@@ -119,12 +123,12 @@ class Bench:
 
     def left(self) -> float:
         """Seconds of the budget; below 0 once it is spent."""
-        return self._budget - self.seconds()
+        return self.budget - self.seconds()
 
     def say(self, text: str, left: float | None = None, at_most: bool = False, done: bool = False) -> None:
         """What is going on. left: seconds; those of the budget if not given."""
         at_most = at_most or left is None
-        self._on_update(Update(text, max(self.left(), 0.0) if left is None else left, at_most, done))
+        self.on_update(Update(text, max(self.left(), 0.0) if left is None else left, at_most, done))
 
     def note(self, text: str) -> None:
         self.notes.append(text)

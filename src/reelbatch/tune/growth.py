@@ -21,15 +21,10 @@ MEMORY_MARGIN = 1.1
 
 
 class Growth:
-    """Grows the batch of a bench.
+    """Grows the batch of a bench that has a baseline."""
 
-    Args:
-        largest: batch size tried.
-        memory_limit: bytes that are not to be passed.
-    """
-
-    def __init__(self, bench: Bench, largest: int, memory_limit: int) -> None:
-        self.bench, self.largest, self.memory_limit = bench, largest, memory_limit
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
         self._records = bench.measured.records
         self._end = bench.clock() + TIME_SHARE * bench.left()
         self._best: dict[Isolation, float] = {}
@@ -42,7 +37,7 @@ class Growth:
         Raises:
             DoesNotFit: if not even one video fits.
         """
-        for size in (size for size in SIZES if size <= self.largest):
+        for size in (size for size in SIZES if size <= self.bench.largest):
             keys: list[Key] = [(kind, size) for kind in self._without_gain] if size > 1 else [ALONE]
             for key in keys:
                 if reason := self._reason_against(key) or self.begin(key):
@@ -55,7 +50,7 @@ class Growth:
             if not self._without_gain:
                 return
         for isolation in list(self._without_gain):
-            self._stop(isolation, f"stopped at {self.largest}, the largest size asked for (--max-batch)")
+            self._stop(isolation, f"stopped at {self.bench.largest}, the largest size asked for (--max-batch)")
 
     def begin(self, key: Key) -> str | None:
         """Warms up a size and weighs it; why that cannot be done, where memory ran out.
@@ -88,13 +83,10 @@ class Growth:
             return (
                 f"stopped before {size}, which would have taken about {seconds:.0f} s more (--budget gives more time)"
             )
-        expected = self._expected_bytes(known, size)
-        if expected > self.memory_limit:
-            return (
-                f"stopped before {size}: it would take up to {gibibytes(expected)}, and the limit is "
-                f"{gibibytes(self.memory_limit)}"
-            )
-        return None
+        expected, limit = self._expected_bytes(known, size), self.bench.memory_limit or 0
+        if expected <= limit:
+            return None
+        return f"stopped before {size}: it would take up to {gibibytes(expected)}, and the limit is {gibibytes(limit)}"
 
     def _last_of(self, isolation: Isolation) -> Key:
         """The largest size that was measured in an isolation; one alone counts for both."""

@@ -70,9 +70,9 @@ def observe(
     requests: Sequence[VideoRequest],
     isolation: Isolation,
     batch: int,
-    *,
     config: EngineConfig = EngineConfig(),  # noqa: B008  (frozen)
     only_steps: int | None = None,
+    *,
     gauge: Memory | None = None,
     joules: Callable[[], float] | None = None,
     stopping: Callable[[], bool] = lambda: False,

@@ -8,7 +8,7 @@ from html import escape as escape_html
 
 from reelbatch.tune.charts import CHARTS
 from reelbatch.tune.figures import Point
-from reelbatch.tune.report import Report, between_dtypes, cells, columns, facts, instead, significant, size, unquiet
+from reelbatch.tune.report import Report, between_dtypes, columns, facts, instead, significant, size, unquiet
 from reelbatch.tune.results import SweepResult
 from reelbatch.wording import duration
 
@@ -111,11 +111,9 @@ def _advice(sweep: SweepResult, several: bool) -> str:
 
 
 def _tiles(point: Point) -> list[tuple[str, str]]:
+    rate = point.videos_per_hour
     return [
-        (
-            f"{point.videos_per_hour:,.0f}" if point.videos_per_hour >= 100 else f"{point.videos_per_hour:.2f}",
-            "videos an hour",
-        ),
+        (f"{rate:,.0f}" if rate >= 100 else f"{rate:.2f}", "videos an hour"),
         (f"{significant(point.last_video_seconds)} s", "to the last video of a batch"),
         (size(point.memory.peak), "memory at the peak"),
         _drift_tile(point),
@@ -134,15 +132,13 @@ def _drift_tile(point: Point) -> tuple[str, str]:
 
 
 def _table(sweeps: list[SweepResult]) -> str:
-    names = columns(sweeps)
-    sides = ["" if number else ' class="words"' for _, number in names]
-    head = "".join(f"<th{side}>{escape(name)}</th>" for side, (name, _) in zip(sides, names, strict=True))
+    shown = [(column, "" if column.is_number else ' class="words"') for column in columns(sweeps)]
+    head = "".join(f"<th{side}>{escape(column.name)}</th>" for column, side in shown)
     rows = []
     for sweep in sweeps:
         for point in sweep.points:
-            row = cells(point, sweeps)
-            tds = "".join(f"<td{side}>{escape(cell)}</td>" for side, cell in zip(sides, row, strict=True))
+            cells = "".join(f"<td{side}>{escape(column.cell(point))}</td>" for column, side in shown)
             mark = ' class="chosen"' if point is sweep.chosen else ""
-            rows.append(f"<tr{mark}>{tds}</tr>")
+            rows.append(f"<tr{mark}>{cells}</tr>")
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
     return f'<h2>All that was measured</h2><div class="scroll">{table}</div>'

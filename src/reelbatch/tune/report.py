@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import groupby
-from typing import Any
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
@@ -27,6 +28,8 @@ UNQUIET, FAR_OFF = 0.05, 0.10
 WIDE = 160
 DETAILS = ("= alone", "s a step", "s a video", "first s", "GFLOP/s", "J a video")
 """Columns that a terminal narrower than `WIDE` letters leaves out."""
+OPTIONAL = ("dtype", "J a video", "read back")
+"""Columns that are left out where they are empty."""
 
 
 @dataclass(frozen=True)
@@ -86,80 +89,72 @@ def terminal(report: Report, width: int) -> RenderableType:
 
 def _table(title: str, sweeps: list[SweepResult], brief: bool) -> Table:
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    names = columns(sweeps)
-    shown = [i for i, (name, _) in enumerate(names) if not (brief and name in DETAILS)]
-    for name, is_number in (names[i] for i in shown):
-        table.add_column(name, justify="right" if is_number else "left", no_wrap=True)
+    shown = [column for column in columns(sweeps, brief) if not (brief and column.name in DETAILS)]
+    for column in shown:
+        table.add_column(column.name, justify="right" if column.is_number else "left", no_wrap=True)
     for sweep in sweeps:
         for point in sweep.points:
-            row = cells(point, sweeps)
-            if brief:
-                same = point.quality is not None and point.quality.equal and point.quality.psnr is None
-                row = [("equal" if same else cell.partition(",")[0]) if cell == drift(point) else cell for cell in row]
-            table.add_row(*(row[i] for i in shown), style="bold green" if point is sweep.chosen else None)
+            style = "bold green" if point is sweep.chosen else None
+            table.add_row(*(column.cell(point) for column in shown), style=style)
         table.add_section()
     return table
 
 
-def columns(sweeps: list[SweepResult]) -> list[tuple[str, bool]]:
-    """Names of the table's columns, and whether they hold numbers."""
-    dtype = [("dtype", False)] if len(sweeps) > 1 else []
-    energy = [("J a video", True)] if any(p.joules_per_video is not None for s in sweeps for p in s.points) else []
-    read = [("read back", True)] if _reads_back(sweeps) else []
-    return [
-        *dtype,
-        ("batch", True),
-        ("isolation", False),
-        ("s a step", True),
-        ("s a video", True),
-        ("videos/h", True),
-        ("±", True),
-        ("first s", True),
-        ("last s", True),
-        ("peak GiB", True),
-        ("GFLOP/s", True),
-        *energy,
-        ("= alone", False),
-        (f"from {_reference(sweeps)}", False),
-        *read,
+class Column(NamedTuple):
+    """A column of the table: its name, whether it holds numbers, and its text for a batch size."""
+
+    name: str
+    is_number: bool
+    cell: Callable[[Point], str]
+
+
+def columns(sweeps: list[SweepResult], brief: bool = False) -> list[Column]:
+    """The table's columns. brief: with little said of the drift."""
+    every = [
+        Column("dtype", False, lambda p: p.dtype if len(sweeps) > 1 else ""),
+        Column("batch", True, lambda p: str(p.batch)),
+        Column("isolation", False, lambda p: "both" if p.batch == 1 else p.isolation),
+        Column("s a step", True, lambda p: significant(p.seconds_per_step)),
+        Column("s a video", True, lambda p: significant(p.seconds_per_video)),
+        Column("videos/h", True, _rate),
+        Column("±", True, lambda p: f"{spread(p):.0%}"),
+        Column("first s", True, lambda p: significant(p.first_video_seconds)),
+        Column("last s", True, lambda p: significant(p.last_video_seconds)),
+        Column("peak GiB", True, lambda p: f"{p.memory.peak / 2**30:.2f}"),
+        Column("GFLOP/s", True, _flops),
+        Column("J a video", True, lambda p: "" if p.joules_per_video is None else f"{p.joules_per_video:,.1f}"),
+        Column("= alone", False, lambda p: "" if p.quality is None else "yes" if p.quality.equal else "no"),
+        Column(f"from {_reference(sweeps)}", False, _brief_drift if brief else drift),
+        Column("read back", True, _read_back),
     ]
+    points = [point for sweep in sweeps for point in sweep.points]
+    return [column for column in every if column.name not in OPTIONAL or any(map(column.cell, points))]
 
 
-def cells(point: Point, sweeps: list[SweepResult]) -> list[str]:
-    """A row of the table."""
+def _rate(point: Point) -> str:
+    rate = point.videos_per_hour
+    return f"{rate:,.0f}" if rate >= 100 else significant(rate)
+
+
+def _flops(point: Point) -> str:
     share = "" if point.flops_share is None else f" ({point.flops_share:.0%})"
-    energy = "" if point.joules_per_video is None else f"{point.joules_per_video:,.1f}"
-    quality = point.quality
-    row = [
-        *([point.dtype] if len(sweeps) > 1 else []),
-        str(point.batch),
-        "both" if point.batch == 1 else point.isolation,
-        significant(point.seconds_per_step),
-        significant(point.seconds_per_video),
-        f"{point.videos_per_hour:,.0f}" if point.videos_per_hour >= 100 else significant(point.videos_per_hour),
-        f"{spread(point):.0%}",
-        significant(point.first_video_seconds),
-        significant(point.last_video_seconds),
-        f"{point.memory.peak / 2**30:.2f}",
-        "" if point.flops is None else f"{significant(point.flops / 1e9, 2)}{share}",
-    ]
-    if any(name == "J a video" for name, _ in columns(sweeps)):
-        row.append(energy)
-    row.append("" if quality is None else "yes" if quality.equal else "no")
-    row.append(drift(point))
-    if _reads_back(sweeps):
-        row.append("" if quality is None or quality.attributes is None else f"{quality.attributes:.0%}")
-    return row
+    return "" if point.flops is None else f"{significant(point.flops / 1e9, 2)}{share}"
+
+
+def _brief_drift(point: Point) -> str:
+    same = point.quality is not None and point.quality.equal and point.quality.psnr is None
+    return "equal" if same else drift(point).partition(",")[0]
+
+
+def _read_back(point: Point) -> str:
+    share = point.quality and point.quality.attributes
+    return "" if share is None else f"{share:.0%}"
 
 
 def _reference(sweeps: list[SweepResult]) -> str:
     """What the drift is from, of all dtypes."""
     against = {p.quality.against for s in sweeps for p in s.points if p.quality}
     return against.pop() if len(against) == 1 and len(sweeps) > 1 else "alone"
-
-
-def _reads_back(sweeps: list[SweepResult]) -> bool:
-    return any(p.quality is not None and p.quality.attributes is not None for s in sweeps for p in s.points)
 
 
 def drift(point: Point) -> str:
@@ -220,25 +215,16 @@ def facts(sweeps: list[SweepResult]) -> list[str]:
         if point is not None:
             m = point.memory
             came = "" if sweep.offload == "none" else " and the weights that come"
-            split = ", ".join(
-                f"{name} {size(value)}"
-                for name, value in (
-                    ("weights", m.weights),
-                    ("the process besides", m.process),
-                    (f"activations{came}", m.activations),
-                    ("VAE", m.vae),
-                    ("text", m.text),
-                )
-                if name not in ("the process besides", "weights") or value
-            )
+            held = [("weights", m.weights), ("the process besides", m.process)]
+            taken = [(f"activations{came}", m.activations), ("VAE", m.vae), ("text", m.text)]
+            split = ", ".join(f"{name} {size(value)}" for name, value in [*filter(itemgetter(1), held), *taken])
             what = f"{of}memory of batch size {point.batch} ({sweep.memory_what})"
             lines.append(f"{what}: {split}; {size(m.peak)} at the peak")
             lines.append(f"{of}matrix rate of the device: {sweep.matrix_flops / 1e9:,.0f} GFLOP/s, measured")
             if point.joules_per_video is None:
                 lines.append(f"{of}energy: not measured by this device")
         lines.append(of + checked(sweep))
-        if any(p.quality for p in sweep.points):
-            quality = next(p.quality for p in sweep.points if p.quality)
+        if quality := next((p.quality for p in sweep.points if p.quality), None):
             count = f"{quality.videos} video{'s' if quality.videos > 1 else ''} of each size"
             lines.append(f"{of}compared: {count}, after {quality.steps} steps, with {quality.against}; worst shown")
         lines.append("±, and the bands around the curves: where the middle half of the repeats lies")

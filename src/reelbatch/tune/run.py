@@ -14,6 +14,7 @@ import torch
 from reelbatch.device import choose_device, device_memory_bytes, free_memory, gibibytes, held_bytes
 from reelbatch.engine.config import EngineConfig
 from reelbatch.loading.hub import ModelFolderError
+from reelbatch.loading.identity import Identity, identity
 from reelbatch.loading.inspection import ModelInfo
 from reelbatch.loading.load import load
 from reelbatch.loading.model import Model
@@ -21,11 +22,10 @@ from reelbatch.loading.precision import Precision
 from reelbatch.loading.skeleton import from_folder
 from reelbatch.memory.estimate import Estimator
 from reelbatch.memory.placement import Offload, check_offload, offloads
-from reelbatch.tune import profiles
 from reelbatch.tune.choose import NO_LIMITS, Limits
 from reelbatch.tune.gauges import Neighbours
 from reelbatch.tune.measure import DoesNotFit
-from reelbatch.tune.profiles import Identity, Profile
+from reelbatch.tune.profiles import Profile, store
 from reelbatch.tune.quality import Alone
 from reelbatch.tune.report import Report
 from reelbatch.tune.results import SweepResult, Update
@@ -100,7 +100,7 @@ class Tuning:
                 free_memory()
                 model = self._load(dtype)
             left = max(self.budget - self._seconds(), 0.0)
-            self._sweep(model, workload, left / (len(runs) - number), len(runs) > 1)
+            self._sweep(model, workload, left / (len(runs) - number))
         if self.device.type == "cpu" and self._neighbours.cores() > BUSY_CORES:
             self._notes.append(
                 f"Other programs used {self._neighbours.cores():.1f} of {os.cpu_count()} cores meanwhile: on a quiet "
@@ -119,18 +119,10 @@ class Tuning:
         self._notes += [note] if note and not why else []
         return load(self.info.folder, self.device, dtype, offload=kind)
 
-    def _sweep(self, model: Model, workload: Workload, budget: float, several: bool) -> None:
+    def _sweep(self, model: Model, workload: Workload, budget: float) -> None:
         sweep = Sweep(
-            model,
-            workload,
-            budget=budget,
-            limits=self.limits,
-            config=self.config,
-            reference=self._references.get(workload.name),
-            largest=self.largest,
-            memory_limit=self.memory_limit,
-            on_update=self._titled(workload, model.precision) if several else self.on_update,
-            stopping=self.stopping,
+            *(model, workload, budget, self.limits, self.config, self._references.get(workload.name)),
+            *(self.largest, self.memory_limit, self._titled(workload, model.precision), self.stopping),
         )
         self._results[workload.name, model.precision] = sweep.run()
         if self.against_fp32 and model.precision == self._fp32:
@@ -138,23 +130,21 @@ class Tuning:
 
     def _generate_references(self) -> None:
         """Videos alone in fp32, for the quality of other dtypes; a note, where fp32 does not fit."""
+        budget = REFERENCE_SHARE * self.budget / len(self.workloads)
         try:
             model = self._load(self._fp32, ", to compare with")
             for workload in self.workloads:
-                self._references[workload.name] = Sweep(
-                    model,
-                    workload,
-                    budget=REFERENCE_SHARE * self.budget / len(self.workloads),
-                    config=self.config,
-                    on_update=self._titled(workload, self._fp32),
-                    stopping=self.stopping,
-                ).run_alone()
+                on_update = self._titled(workload, self._fp32)
+                sweep = Sweep(model, workload, budget, config=self.config, on_update=on_update, stopping=self.stopping)
+                self._references[workload.name] = sweep.run_alone()
         except (ModelFolderError, DoesNotFit, MemoryError, torch.OutOfMemoryError) as error:
             self._references.clear()
             self._notes.append(f"quality is against each dtype's own videos alone, as float32 does not fit: {error}")
 
     def _titled(self, workload: Workload, dtype: Precision) -> Callable[[Update], None]:
-        """Updates that say which sweep they are of."""
+        """Updates that say which sweep they are of, where there is more than one."""
+        if len(self.workloads) == 1 and self._dtypes == [dtype]:
+            return self.on_update
         return lambda update: self.on_update(update._replace(text=f"{workload.name}, {dtype}: {update.text}"))
 
     # -- what comes out ----------------------------------------------------------------------------
@@ -182,14 +172,8 @@ class Tuning:
         )
 
     def _identity(self, shapes: str, dtype: Precision | str) -> Identity:
-        return profiles.identity(
-            self.info.folder,
-            self.info.name,
-            shapes,
-            device=self.device,
-            dtype=dtype,
-            attention=self.config.attention,
-        )
+        folder, name, attention = self.info.folder, self.info.name, self.config.attention
+        return identity(folder, name, shapes, device=self.device, dtype=dtype, attention=attention)
 
     def _store(self, sweep: SweepResult) -> str:
         """Stores the advice of a sweep; returns its file."""
@@ -208,7 +192,7 @@ class Tuning:
             why=choice.why,
             measured=date.today(),
         )
-        return str(profiles.store(profile))
+        return str(store(profile))
 
 
 def first_that_fits(

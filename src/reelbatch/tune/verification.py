@@ -5,24 +5,23 @@ from __future__ import annotations
 import statistics
 
 from reelbatch.tune.bench import Bench
-from reelbatch.tune.comparison import Comparison
+from reelbatch.tune.comparison import compare_size, seconds_to_compare
 from reelbatch.tune.results import Check
 from reelbatch.tune.workload import pixels, steps_of
 
 MOST_RUNS = 3
 
 
-def verify(bench: Bench, comparison: Comparison) -> Check | None:
+def verify(bench: Bench) -> Check | None:
     """The median of up to three full runs, as time allows; None, with a note, where it allows none."""
-    measured = bench.measured
+    measured, alone = bench.measured, bench.alone
     candidates = measured.candidates()
     if not candidates:
         return None
-    key = candidates[0]
-    isolation, size = key
+    isolation, size = key = candidates[0]
     record = measured.records[key]
-    if record.quality is None and comparison.alone is not None and comparison.seconds(key) <= bench.left():
-        comparison.compare(key)
+    if record.quality is None and alone is not None and seconds_to_compare(bench, alone, key) <= bench.left():
+        compare_size(bench, alone, key)
     promised = measured.point(key).last_video_seconds
     wave = max(bench.workload.waves(size), key=lambda wave: sum(pixels(r) * steps_of(r) for r in wave))
     took: list[float] = []
@@ -37,5 +36,5 @@ def verify(bench: Bench, comparison: Comparison) -> Check | None:
             "budget (--budget)"
         )
         return None
-    # taken again: decoding was measured anew by those runs
+    # extrapolated anew: those runs measured decoding once more
     return Check(size, isolation, measured.point(key).last_video_seconds, statistics.median(took), len(took))

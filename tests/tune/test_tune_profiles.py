@@ -50,7 +50,7 @@ def test_a_stale_or_foreign_profile_is_refused_with_the_reason(
     if "versions" in change or "device" in change:
         kept = profiles.stored()[0][1]
         assert profiles.stale(kept)
-        assert profiles.stale_in_short(kept)
+        assert profiles.stale(kept, brief=True)
     assert "run `reelbatch tune`" in line
 
 

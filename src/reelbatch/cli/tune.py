@@ -113,7 +113,7 @@ def tune(
     from reelbatch.device import parse_bytes
     from reelbatch.engine.config import EngineConfig
     from reelbatch.tune.choose import Limits
-    from reelbatch.tune.display import Display
+    from reelbatch.tune.display import display
     from reelbatch.tune.report import record, terminal
     from reelbatch.tune.run import Tuning, parse_dtypes, parse_seconds
     from reelbatch.tune.write import write
@@ -133,7 +133,7 @@ def tune(
     info, workloads = _workloads(model, shape or [], prompt_file, steps, true_cfg, max_batch)
     check_writable(out)
     quiet_libraries()
-    with warnings_as_lines(), interruptible() as interrupted, Display(console) as display:
+    with warnings_as_lines(), interruptible() as interrupted, display(console) as show_update:
         report = Tuning(
             info,
             workloads,
@@ -144,7 +144,7 @@ def tune(
             budget=seconds,
             limits=limits,
             largest=max_batch,
-            on_update=display.show,
+            on_update=show_update,
             stopping=lambda: bool(interrupted),
         ).run()
     files = write(report, out)
@@ -237,6 +237,6 @@ def _show_profiles(as_json: bool) -> None:
         how = profile.isolation if profile.offload == "none" else f"{profile.isolation}, offload {profile.offload}"
         row = (about.model, about.shapes, kind, str(profile.batch_size), how)
         rate = f"{profile.videos_per_hour:,.0f}" if profile.videos_per_hour >= 100 else f"{profile.videos_per_hour:.2f}"
-        table.add_row(*row, rate, str(profile.measured), profiles.stale_in_short(profile) or "usable")
+        table.add_row(*row, rate, str(profile.measured), profiles.stale(profile, brief=True) or "usable")
     Console().print(table)
     say(f"kept in {cache_folder()}; a file that is deleted there is forgotten")

@@ -6,7 +6,7 @@ from reelbatch.device import free_memory
 from reelbatch.memory.streaming import network_bytes
 from reelbatch.tune.bench import Bench
 from reelbatch.tune.gauges import counting, matrix_rate
-from reelbatch.tune.workload import pixels, shape_of, shortened
+from reelbatch.tune.workload import shape_of, shortened
 
 
 def prepare(bench: Bench) -> None:
@@ -20,7 +20,7 @@ def prepare(bench: Bench) -> None:
             bench.observe([request], only_steps=1)
             measured.flops[shape] = flops()
     measured.matrix_flops = matrix_rate(model.device, model.family.dtype)
-    bench.observe([shortened(max(shapes.values(), key=pixels), 1)])
+    bench.observe([shortened(max(shapes.values(), key=lambda request: request.pixels), 1)])
     free_memory()
     measured.held = bench.gauge.used()
     if bench.memory_limit is None:

@@ -86,11 +86,9 @@ class Bench:
             Stopped: if a person asks for it.
             DoesNotFit: if memory ran out.
         """
+        gauge = self.gauge if weigh else None
         trace = observe(
-            *(self.model, requests, isolation, batch, self.config, only_steps),
-            gauge=self.gauge if weigh else None,
-            joules=self._joules,
-            stopping=self.stopping,
+            self.model, requests, isolation, batch, self.config, only_steps, gauge, self._joules, self.stopping
         )
         for request in () if weigh else requests:
             if request.id in trace.decodes:

@@ -11,8 +11,9 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
+from reelbatch.tune.choose import ISOLATIONS
 from reelbatch.tune.figures import Point
-from reelbatch.tune.results import ISOLATIONS, SweepResult
+from reelbatch.tune.results import SweepResult
 
 COLORS = {"exact": "#1d4ed8", "packed": "#c2410c"}
 STYLES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1, 1, 1)))

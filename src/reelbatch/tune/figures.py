@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from reelbatch.engine.planner import Isolation
 from reelbatch.request import VideoRequest
@@ -102,15 +103,12 @@ class Repeat:
     @classmethod
     def pooled(cls, repeats: Sequence[Repeat]) -> Repeat:
         """All repeats as one: a step that was disturbed is then one of many."""
-        waves = zip(*(repeat.waves for repeat in repeats), strict=True)
         watts = [repeat.watts for repeat in repeats if repeat.watts is not None]
-        return cls(
-            tuple(
-                (statistics.median(text for text, _ in wave), tuple(step for _, steps in wave for step in steps))
-                for wave in waves
-            ),
-            statistics.median(watts) if watts else None,
-        )
+        waves = []
+        for wave in zip(*(repeat.waves for repeat in repeats), strict=True):
+            texts, steps = zip(*wave, strict=True)
+            waves.append((statistics.median(texts), tuple(chain.from_iterable(steps))))
+        return cls(tuple(waves), statistics.median(watts) if watts else None)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 import torch
 from torch import nn
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 # -- energy ----------------------------------------------------------------------------------------
@@ -87,18 +88,8 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.4) 
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
 
-    def product() -> float:
-        started = time.perf_counter()
-        torch.mm(a, b)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - started
-
-    product()
-    best, until = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < until:
-        best = min(best, product())
-    return 2 * size**3 / best
+    timer = Timer("torch.mm(a, b)", globals={"torch": torch, "a": a, "b": b}, num_threads=torch.get_num_threads())
+    return float(2 * size**3 / min(timer.blocked_autorange(min_run_time=seconds).times))
 
 
 def _cpu_attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:

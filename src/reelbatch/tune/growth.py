@@ -5,11 +5,10 @@ from __future__ import annotations
 from reelbatch.device import free_memory, gibibytes
 from reelbatch.engine.planner import Isolation
 from reelbatch.tune.bench import Bench
+from reelbatch.tune.choose import ISOLATIONS
 from reelbatch.tune.figures import Point
 from reelbatch.tune.measure import DoesNotFit
 from reelbatch.tune.measurements import ALONE, Key, Record
-from reelbatch.tune.results import ISOLATIONS
-from reelbatch.tune.workload import pixels
 
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 GAIN, PATIENCE = 1.03, 2
@@ -60,7 +59,7 @@ class Growth:
         """
         isolation, size = key
         self.bench.say(f"batch size {size}, {isolation}", at_most=True)
-        heaviest = max(self.bench.workload.waves(size), key=lambda wave: sum(map(pixels, wave)))
+        heaviest = max(self.bench.workload.waves(size), key=lambda wave: sum(request.pixels for request in wave))
         try:
             trace = self.bench.observe(heaviest, isolation, size, only_steps=1, weigh=True)
         except DoesNotFit as error:

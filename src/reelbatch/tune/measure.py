@@ -72,7 +72,6 @@ def observe(
     batch: int,
     config: EngineConfig = EngineConfig(),  # noqa: B008  (frozen)
     only_steps: int | None = None,
-    *,
     gauge: Memory | None = None,
     joules: Callable[[], float] | None = None,
     stopping: Callable[[], bool] = lambda: False,

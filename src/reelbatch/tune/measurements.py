@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 
 from reelbatch.engine.planner import Isolation
 from reelbatch.request import VideoRequest
-from reelbatch.tune.choose import NO_LIMITS, Choice, Limits, choose
+from reelbatch.tune.choose import ISOLATIONS, NO_LIMITS, Choice, Limits, choose
 from reelbatch.tune.figures import Extrapolated, MemorySplit, Point, Repeat, Spread, extrapolate
 from reelbatch.tune.quality import Quality
-from reelbatch.tune.results import ISOLATIONS
 from reelbatch.tune.workload import Workload, frame_bytes, frames_of, shape_of
 
 Key = tuple[Isolation, int]

@@ -118,35 +118,24 @@ def _read(path: Path) -> Profile | str:
 # -- whether a profile can be used here ------------------------------------------------------------
 
 
-def stale(profile: Profile) -> str | None:
-    """Why a profile cannot be used on this machine as it is now; None if it can (its model's weights are not read)."""
-    now = _now(profile)
-    if now is None:
-        return f"its device {profile.identity.device!r} is not here"
-    return "; ".join(profile.identity.differences(now)) or None
+def stale(profile: Profile, brief: bool = False) -> str | None:
+    """Why a profile cannot be used on this machine as it is now; None if it can (its model's weights are not read).
 
-
-def stale_in_short(profile: Profile) -> str | None:
-    """`stale`, in a few words."""
-    then, now = profile.identity, _now(profile)
-    if now is None:
-        return "no such device"
-    reasons = ["another device"] if then.device != now.device else []
-    reasons += [
-        f"{name} {then.versions.get(name, 'none')} → {version}"
-        for name, version in now.versions.items()
-        if then.versions.get(name) != version
-    ]
-    return ", ".join(reasons) or stale(profile)
-
-
-def _now(profile: Profile) -> Identity | None:
-    """The identity that a profile would need to be used here; None without its device."""
+    Args:
+        brief: in a few words.
+    """
+    then = profile.identity
     try:
-        device = choose_device(profile.identity.device.partition(":")[0])
+        device = choose_device(then.device.partition(":")[0])
     except ValueError:
-        return None
-    return profile.identity.model_copy(update={"device": described(device), "versions": versions()})
+        return "no such device" if brief else f"its device {then.device!r} is not here"
+    now = then.model_copy(update={"device": described(device), "versions": versions()})
+    if not brief:
+        return "; ".join(then.differences(now)) or None
+    reasons = ["another device"] if then.device != now.device else []
+    old = {name: then.versions.get(name, "none") for name in now.versions}
+    reasons += [f"{name} {old[name]} → {new}" for name, new in now.versions.items() if old[name] != new]
+    return ", ".join(reasons) or stale(profile)
 
 
 # -- advice ----------------------------------------------------------------------------------------

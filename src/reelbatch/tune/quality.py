@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
@@ -10,7 +11,7 @@ from typing import Protocol, cast
 import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics.functional.image import structural_similarity_index_measure
+from torchmetrics.functional.image import structural_similarity_index_measure as ssim_of
 
 from reelbatch.video import Frames, Video
 
@@ -96,9 +97,8 @@ def ssim(a: Frames, b: Frames) -> float | None:
     """Structural similarity, mean over frames (a frame at a time: long videos would take much memory)."""
     if min(a.shape[1:3]) < SMALLEST_SIDE:
         return None
-    pictures = [(_picture(x), _picture(y)) for x, y in zip(a, b, strict=True)]
-    values = [cast(Tensor, structural_similarity_index_measure(x, y, data_range=255.0)) for x, y in pictures]
-    return float(torch.stack(values).mean())
+    pairs = zip(map(_picture, a), map(_picture, b), strict=True)
+    return statistics.fmean(float(cast(Tensor, ssim_of(x, y, data_range=255.0))) for x, y in pairs)
 
 
 def _picture(frame: Frames) -> Tensor:

@@ -10,8 +10,6 @@ from reelbatch.memory.placement import Offload
 from reelbatch.tune.choose import Choice
 from reelbatch.tune.figures import Point
 
-ISOLATIONS: tuple[Isolation, ...] = ("exact", "packed")
-
 
 class Update(NamedTuple):
     """What is going on, and about how many seconds are left (at most, while it is not known how far it grows)."""

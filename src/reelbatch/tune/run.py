@@ -30,7 +30,7 @@ from reelbatch.tune.quality import Alone
 from reelbatch.tune.report import Report
 from reelbatch.tune.results import SweepResult, Update
 from reelbatch.tune.sweep import Sweep
-from reelbatch.tune.workload import Workload, pixels
+from reelbatch.tune.workload import Workload
 
 BUSY_CORES = 0.2
 """Cores in use by other programs from which a person is warned."""
@@ -121,8 +121,16 @@ class Tuning:
 
     def _sweep(self, model: Model, workload: Workload, budget: float) -> None:
         sweep = Sweep(
-            *(model, workload, budget, self.limits, self.config, self._references.get(workload.name)),
-            *(self.largest, self.memory_limit, self._titled(workload, model.precision), self.stopping),
+            model,
+            workload,
+            budget,
+            self.limits,
+            self.config,
+            reference=self._references.get(workload.name),
+            largest=self.largest,
+            memory_limit=self.memory_limit,
+            on_update=self._titled(workload, model.precision),
+            stopping=self.stopping,
         )
         self._results[workload.name, model.precision] = sweep.run()
         if self.against_fp32 and model.precision == self._fp32:
@@ -202,7 +210,8 @@ def first_that_fits(
 
     "none" too where nothing fits: the estimate may err, and measuring says the rest.
     """
-    largest = max((request for workload in workloads for request in workload.requests), key=pixels)
+    requests = [request for workload in workloads for request in workload.requests]
+    largest = max(requests, key=lambda request: request.pixels)
     available = device_memory_bytes(device) if limits.max_memory is None else limits.max_memory
     held = held_bytes(device) if device.type == "cpu" else 0
     estimator = Estimator(from_folder(info.folder, dtype, device), "exact", device)
@@ -226,11 +235,8 @@ def parse_seconds(text: str, option: str) -> float:
     match = re.fullmatch(
         r"\s*(?:(\d+(?:\.\d+)?)\s*h)?\s*(?:(\d+(?:\.\d+)?)\s*m(?:in)?)?\s*(?:(\d+(?:\.\d+)?)\s*s?)?\s*", text
     )
-    seconds = (
-        sum(float(part) * unit for part, unit in zip(match.groups(), (3600, 60, 1), strict=True) if part)
-        if match
-        else 0
-    )
+    parts = zip(match.groups(), (3600, 60, 1), strict=True) if match else ()
+    seconds = sum(float(part) * unit for part, unit in parts if part)
     if not seconds:
         raise ValueError(f"{option} {text!r}: expected a time above 0, such as 90s, 5m or 1h30m")
     return seconds

@@ -7,7 +7,6 @@ import statistics
 from reelbatch.tune.bench import Bench
 from reelbatch.tune.comparison import compare_size, seconds_to_compare
 from reelbatch.tune.results import Check
-from reelbatch.tune.workload import pixels, steps_of
 
 MOST_RUNS = 3
 
@@ -23,7 +22,7 @@ def verify(bench: Bench) -> Check | None:
     if record.quality is None and alone is not None and seconds_to_compare(bench, alone, key) <= bench.left():
         compare_size(bench, alone, key)
     promised = measured.point(key).last_video_seconds
-    wave = max(bench.workload.waves(size), key=lambda wave: sum(pixels(r) * steps_of(r) for r in wave))
+    wave = max(bench.workload.waves(size), key=lambda wave: sum(request.work for request in wave))
     took: list[float] = []
     while len(took) < MOST_RUNS and promised < bench.left():
         bench.say(f"checking with a full run of {size}", promised * (MOST_RUNS - len(took)), at_most=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -78,12 +79,6 @@ def shape_class(requests: Iterable[VideoRequest]) -> str:
     return " + ".join(sorted({shape_of(request) for request in requests}))
 
 
-def pixels(request: VideoRequest) -> int:
-    """Pixels that a step works on, both branches."""
-    sides = cast(tuple[int, int, int], (request.width, request.height, request.frames))
-    return sides[0] * sides[1] * sides[2] * (2 if request.uses_cfg else 1)
-
-
 def frames_of(request: VideoRequest) -> str:
     """What decoding depends on: guidance branches share one video."""
     return shape_of(request).removesuffix(" cfg")
@@ -91,7 +86,7 @@ def frames_of(request: VideoRequest) -> str:
 
 def frame_bytes(request: VideoRequest) -> int:
     """Bytes of a video's frames, uint8 RGB."""
-    return 3 * (request.height or 1) * (request.width or 1) * (request.frames or 1)
+    return 3 * math.prod(request.size)
 
 
 def parse_shape(text: str) -> dict[str, int]:
@@ -133,8 +128,8 @@ def of_mix(requests: Sequence[VideoRequest], name: str) -> Workload:
     """A prompt file's requests: eight of them, evenly spread over the file and with its largest, stand for all."""
     size, count = len(requests), min(len(requests), MIX)
     places = [int((i + 0.5) * size / count) for i in range(count)]
-    largest = max(range(size), key=lambda i: pixels(requests[i]))
-    if all(pixels(requests[place]) < pixels(requests[largest]) for place in places):
+    largest = max(range(size), key=lambda i: requests[i].pixels)
+    if all(requests[place].pixels < requests[largest].pixels for place in places):
         places[min(range(count), key=lambda i: abs(places[i] - largest))] = largest
     chosen = tuple(requests[place] for place in sorted(places))
     mixed = len({(shape_of(request), request.steps) for request in requests}) > 1

@@ -142,11 +142,11 @@ def main(
     own = own_clips(out / "own")
     run = {"data": [data, own], "out": out / time.strftime("run-%Y%m%d-%H%M%S"), "steps": steps}
     config = make_config(SETTINGS | run)
-    found = train(config, typer.echo, stopping=lambda: time.monotonic() - started > 60 * minutes)
+    result = train(config, typer.echo, should_stop=lambda: time.monotonic() - started > 60 * minutes)
     seconds = time.monotonic() - started
-    assert found.weights is not None
-    looks["after"] = look(count, [(found.weights, 1.0)])
-    typer.echo(f"\n{CLIPS} clips, {found.steps} steps, {seconds / 60:.1f} minutes in all, {count} prompts each\n")
+    assert result.weights is not None
+    looks["after"] = look(count, [(result.weights, 1.0)])
+    typer.echo(f"\n{CLIPS} clips, {result.steps} steps, {seconds / 60:.1f} minutes in all, {count} prompts each\n")
     typer.echo(table(looks))
     if keep:
         record = {
@@ -155,12 +155,12 @@ def main(
             "threads": torch.get_num_threads(),
             "versions": {name: version(name) for name in ("torch", "diffusers", "peft")},
             "settings": SETTINGS,
-            "steps": found.steps,
+            "steps": result.steps,
             "seconds": seconds,
             "prompts": count,
             "looks": {
-                when: {what: asdict(one) | {"all": one.all} for what, one in found_then.items()}
-                for when, found_then in looks.items()
+                when: {what: asdict(one) | {"all": one.all} for what, one in scores.items()}
+                for when, scores in looks.items()
             },
         }
         RESULTS.mkdir(exist_ok=True)

@@ -227,7 +227,9 @@ def report(results: list[Result]) -> str:
     for phase in ("step", "decode"):
         errors = [result.error(phase) for result in results]
         below = sum(error < 0 for error in errors)
-        spans.append(f"- {phase}: {len(errors)} peaks, errors from {min(errors):+.1%} to {max(errors):+.1%}, {below} below 0")
+        spans.append(
+            f"- {phase}: {len(errors)} peaks, errors from {min(errors):+.1%} to {max(errors):+.1%}, {below} below 0"
+        )
     versions = ", ".join(f"{name} {version(name)}" for name in ("reelbatch", "torch", "diffusers", "transformers"))
     return f"""# Estimates of memory against what was measured, on a CPU
 

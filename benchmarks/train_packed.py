@@ -31,7 +31,7 @@ from torch import Tensor
 
 from reelbatch.device import device_name
 from reelbatch.loading.hub import resolve
-from reelbatch.models.hunyuan_video.text import TextStates
+from reelbatch.models.hunyuan_video.family import HunyuanVideo
 from reelbatch.models.hunyuan_video.transformer import HunyuanVideoTransformer3DModel
 from reelbatch.train.flow_matching import TIMESTEPS, Example, flow_matching_loss
 
@@ -67,7 +67,7 @@ def samples(shapes: Sequence[tuple[int, int, int]], config, device: str) -> tupl
     examples = [
         Example(
             draw(config.in_channels, *shape),
-            TextStates(draw(text, config.text_embed_dim), draw(config.pooled_projection_dim)),
+            {"text": draw(text, config.text_embed_dim), "pooled": draw(config.pooled_projection_dim)},
         )
         for shape, text in zip(shapes, TEXT, strict=True)
     ]
@@ -85,19 +85,19 @@ def padded_loss(
 ) -> Tensor:
     """The flow-matching loss of each sample, over a batch filled up to one size."""
     largest = [max(sizes) for sizes in zip(*(one.latents.shape for one in examples), strict=True)]
-    longest = max(len(one.caption.text) for one in examples)
+    longest = max(len(one.caption["text"]) for one in examples)
     latents = torch.stack([fill(one.latents, largest) for one in examples])
     eps = torch.stack([fill(one, largest) for one in noise])
     real = torch.stack([fill(torch.ones_like(one.latents), largest) for one in examples])
-    text = torch.stack([fill(one.caption.text, (longest, one.caption.text.shape[1])) for one in examples])
-    mask = torch.stack([fill(torch.ones(len(one.caption.text), device=text.device), (longest,)) for one in examples])
+    text = torch.stack([fill(one.caption["text"], (longest, one.caption["text"].shape[1])) for one in examples])
+    mask = torch.stack([fill(torch.ones(len(one.caption["text"]), device=text.device), (longest,)) for one in examples])
     level = sigmas[:, None, None, None, None]
     velocity = network(
         hidden_states=((1 - level) * latents + level * eps).to(dtype),
         timestep=sigmas * TIMESTEPS,
         encoder_hidden_states=text.to(dtype),
         encoder_attention_mask=mask.bool(),
-        pooled_projections=torch.stack([one.caption.pooled for one in examples]).to(dtype),
+        pooled_projections=torch.stack([one.caption["pooled"] for one in examples]).to(dtype),
         guidance=torch.full_like(sigmas, TIMESTEPS).to(dtype),
         return_dict=False,
     )[0]
@@ -119,7 +119,7 @@ def ways_of(
         optimizers[id(network)].zero_grad()
 
     def packed() -> float:
-        loss = flow_matching_loss(ours, examples, sigmas, ones, noise, dtype).mean()
+        loss = flow_matching_loss(ours, HunyuanVideo.training_branch, examples, sigmas, ones, noise, dtype).mean()
         loss.backward()
         end(ours)
         return float(loss.detach())

@@ -91,7 +91,7 @@ from reelbatch.engine.engine import Engine
 engine = Engine.from_pretrained("demo", isolation={point["isolation"]!r}, max_batch_size={point["batch"]})
 requests = [VideoRequest(prompt=p, seed=i, **{sizes!r}) for i, p in enumerate({prompts!r})]
 engine.generate(requests[:{point["batch"]}])
-engine.components.family.text.forget()
+engine.model.family.forget()
 started = time.perf_counter()
 engine.generate(requests[{point["batch"]}:])
 print("seconds", time.perf_counter() - started)

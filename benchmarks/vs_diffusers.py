@@ -27,13 +27,13 @@ import torch
 import typer
 from diffusers import HunyuanVideoPipeline
 from diffusers import HunyuanVideoTransformer3DModel as Reference
-from reelbatch.models.hunyuan_video.branch import Branch
 
 from reelbatch import VideoRequest
 from reelbatch.device import device_name
 from reelbatch.engine.engine import Engine
 from reelbatch.loading.hub import DEMO_FOLDER
 from reelbatch.loading.load import load
+from reelbatch.models.hunyuan_video.branch import Branch
 from reelbatch.models.hunyuan_video.transformer import HunyuanVideoTransformer3DModel
 
 RESULTS = Path(__file__).parent / "results"
@@ -179,7 +179,7 @@ def end_to_end_cells(dtype: str, batches: list[int], budget: float) -> list[Cell
     """From prompts to frames: encoding, steps and decoding, with true prompts of different length."""
     pipeline = HunyuanVideoPipeline.from_pretrained(DEMO_FOLDER, torch_dtype=DTYPES[dtype])
     pipeline.set_progress_bar_config(disable=True)
-    components = load(DEMO_FOLDER, "cpu", DTYPES[dtype])
+    model = load(DEMO_FOLDER, "cpu", DTYPES[dtype])
     colors = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "brown")
     cells = []
     for height, width, frames in CLIPS:
@@ -207,8 +207,8 @@ def end_to_end_cells(dtype: str, batches: list[int], budget: float) -> list[Cell
                 )
 
             def ours(isolation: Way, requests: list[VideoRequest] = requests) -> object:
-                components.family.text.forget()  # each run encodes its prompts anew, as Diffusers does
-                return Engine(components, isolation=isolation, max_batch_size=len(requests)).generate(requests)
+                model.family.forget()  # each run encodes its prompts anew, as Diffusers does
+                return Engine(model, isolation=isolation, max_batch_size=len(requests)).generate(requests)
 
             if batch == batches[0] and second_call(theirs) > LARGEST_CLIP_SECONDS:
                 break

@@ -7,7 +7,6 @@ import gc
 import itertools
 import math
 import re
-import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -21,25 +20,21 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reelbatch.attention import (
-    BACKENDS,
     FORMS,
     AttentionBackendError,
     HeadRules,
     MaskShapeError,
     Rule,
-    Setting,
     Sizes,
     SlidingTile,
     attention,
     backends,
     canonical,
-    choose,
     compile_rules,
     masks,
     once,
     own_frame,
     own_pixel,
-    per_sample,
     ragged_attention,
     register_rule,
     rule_named,
@@ -582,151 +577,6 @@ def test_rules_have_names_and_anyone_can_give_another(monkeypatch: pytest.Monkey
         rule_named("own frame", 3)
     with pytest.raises(KeyError, match="registered are first-head, own-frame"):
         rule_named("xyz", 3)
-
-
-# -- backends --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("backend", ["sdpa", "flash", "math"])
-@torch.no_grad()
-def test_the_kernels_of_this_device_are_softmax_attention_for_every_kind_of_mask(backend: str) -> None:
-    grid, text, heads = (3, 5, 6), 7, 2
-    lengths, count = (97, 97, 97, 97), 4 * 97
-    rows = draw_rows(count, heads)
-    dense, keys = draw_mask((heads, 97, 97), "additive"), draw_mask((97,), "bool")
-    sizes = Sizes(1, heads, 97, 97)
-    prepared = [
-        None,
-        *per_sample(dense, sizes),
-        *per_sample(keys, sizes),
-        compile_rules(HeadRules({1: own_frame}), heads, grid, text, CPU),
-    ]
-    seen = torch.stack([seen_by(None, grid, text), seen_by(own_frame, grid, text)])
-    found = ragged_attention(*rows, lengths, prepared, backend).split(lengths)
-    samples = zip(*(part.split(lengths) for part in rows), strict=True)
-    parts = [[part.transpose(0, 1)[None] for part in qkv] for qkv in samples]
-    for ours, qkv, mask in zip(found, parts, (None, dense, keys, seen), strict=True):
-        reading = None if mask is None else four_axes(mask, "K" if mask.ndim == 1 else "HQK")
-        expected = softmax_attention(*qkv, reading)[0].transpose(0, 1).flatten(1)
-        assert off(ours, expected) < 1e-6
-
-
-@torch.no_grad()
-def test_flex_is_sdpa_or_says_that_there_is_no_compiler() -> None:
-    if not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
-        with pytest.raises(AttentionBackendError, match=r"no C\+\+ compiler.*These can: sdpa"):
-            choose(Setting("cpu", torch.float32, "rules"), "flex")
-        return
-    grid, text, heads = (3, 8, 9), 11, 3
-    count = math.prod(grid) + text
-    mask = compile_rules(HeadRules({0: own_frame, 1: TILE}), heads, grid, text, CPU)
-    for seed in range(2):
-        rows = draw_rows(count, heads, seed)
-        with torch._dynamo.config.patch(error_on_recompile=seed > 0):
-            found = ragged_attention(*rows, (count,), [mask], "flex")
-        assert off(found, ragged_attention(*rows, (count,), [mask], "sdpa")) < 1e-5
-        assert off(found, dense_rules(rows, [own_frame, TILE, None], grid, text)) < 1e-5
-
-
-def test_block_masks_hold_the_blocks_of_each_head() -> None:
-    """FlexAttention's own way to make them looks at every pair."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    for chosen in ([own_frame] * 3, [own_frame, TILE, None]):
-        for grid, text in SHAPES[:4]:
-            heads = HeadRules({head: rule for head, rule in enumerate(chosen) if rule is not None})
-            mask, count = compile_rules(heads, 3, grid, text, CPU), math.prod(grid) + text
-            if mask is None:
-                continue
-            ours, of_heads = mask.block_mask, mask.block_mask.kv_num_blocks.shape[1]
-            assert of_heads == len(set(chosen)) if len(set(chosen)) > 1 else of_heads == 1
-            theirs = create_block_mask(ours.mask_mod, 1, of_heads, count, count, device="cpu")
-            assert torch.equal(ours.to_dense(), theirs.to_dense())
-            assert torch.equal(ours.full_kv_num_blocks, theirs.full_kv_num_blocks)
-            seen = torch.stack([seen_by(rule, grid, text) for rule in chosen])
-            places = torch.arange(count)
-            for head in range(3):
-                asked = ours.mask_mod(torch.tensor(0), torch.tensor(head), places[:, None], places)
-                assert torch.equal(asked, seen[head])
-
-
-HALF, SINGLE = torch.bfloat16, torch.float32
-
-
-@pytest.mark.parametrize(
-    ("named", "setting", "reason"),
-    [
-        ("varlen", Setting("cpu", HALF, "none"), "varlen_attn runs on CUDA alone, and this is cpu"),
-        ("varlen", Setting("cuda", SINGLE, "none"), "float16 and bfloat16, and this is torch.float32"),
-        ("varlen", Setting("cuda", HALF, "keys"), "varlen_attn takes no mask"),
-        ("flash", Setting("cuda", SINGLE, "none"), "float16 and bfloat16 on CUDA, and this is torch.float32"),
-        ("flash", Setting("cuda", HALF, "dense"), "the flash kernel takes no mask on CUDA"),
-        ("flash", Setting("cuda", HALF, "rules"), "the flash kernel takes no mask on CUDA"),
-        ("cudnn", Setting("cpu", HALF, "none"), "the cudnn kernel runs on CUDA alone"),
-        ("cudnn", Setting("cuda", SINGLE, "none"), "float16 and bfloat16, and this is torch.float32"),
-        ("efficient", Setting("cpu", SINGLE, "none"), "the efficient kernel runs on CUDA alone"),
-        ("flex", Setting("cuda", HALF, "dense"), "FlexAttention here takes rules, not mask tensors"),
-        ("flex", Setting("cpu", SINGLE, "rules", training=True), "no backward pass on the CPU"),
-    ],
-)
-def test_a_backend_that_cannot_says_why_and_what_can(named: str, setting: Setting, reason: str) -> None:
-    with pytest.raises(AttentionBackendError) as caught:
-        choose(setting, named)
-    said = str(caught.value)
-    assert said.startswith(f"Attention backend {named!r}: ")
-    assert reason in said
-    can = said.partition("These can: ")[2].removesuffix(", or 'auto'.").split(", ")
-    assert can
-    assert named not in can
-    for other in can:
-        assert choose(setting, other).backend.name == other
-
-
-def test_flex_on_the_cpu_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    reason = BACKENDS["flex"].refuses(Setting("cpu", SINGLE, "rules"))
-    assert reason is not None and "no C++ compiler (g++ or clang++)" in reason
-
-
-@pytest.mark.parametrize(
-    ("setting", "expected"),
-    [
-        (Setting("cuda", HALF, "none"), "sdpa"),
-        (Setting("cuda", HALF, "none", samples=4), "varlen"),
-        (Setting("cuda", HALF, "none", samples=4, training=True), "varlen"),
-        (Setting("cuda", SINGLE, "none", samples=4), "sdpa"),
-        (Setting("cuda", HALF, "keys"), "sdpa"),
-        (Setting("cuda", HALF, "dense"), "sdpa"),
-        (Setting("cuda", HALF, "rules"), "flex"),
-        (Setting("cuda", HALF, "rules", training=True), "flex"),
-        (Setting("cpu", SINGLE, "none", samples=4), "sdpa"),
-        (Setting("cpu", SINGLE, "rules"), "sdpa"),
-        (Setting("cpu", SINGLE, "rules", training=True), "sdpa"),
-    ],
-)
-def test_the_backend_that_is_chosen_and_why(setting: Setting, expected: str) -> None:
-    chosen = choose(setting)
-    assert chosen.backend.name == expected
-    assert chosen.why
-
-
-@given(
-    setting=st.builds(
-        Setting,
-        st.sampled_from(["cpu", "cuda"]),
-        st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
-        st.sampled_from(["none", "keys", "dense", "rules"]),
-        st.integers(1, 4),
-        st.booleans(),
-    )
-)
-def test_auto_never_chooses_what_refuses(setting: Setting) -> None:
-    assert choose(setting).backend.refuses(setting) is None
-
-
-def test_a_name_that_is_no_backend_is_refused() -> None:
-    with pytest.raises(AttentionBackendError, match="No attention backend 'xformers'; there are sdpa, flash"):
-        attention(*draw(Sizes(1, 2, 3, 4)), backend="xformers")
 
 
 # -- in the network --------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ def test_videos_are_those_of_the_pipeline_over_20_steps(
         VideoRequest(prompt="a large red circle moving left on a black background", seed=1, steps=20, **guidance),
         VideoRequest(prompt="small yellow square, still, white", seed=2, steps=20, width=96),
     ]
-    made = Engine(engine.components, isolation=isolation, keep_latents=True).generate(requests)
+    made = Engine(engine.model, isolation=isolation, keep_latents=True).generate(requests)
     for request, video in zip(requests, made, strict=True):
         called = {
             "prompt": request.prompt,
@@ -69,9 +69,9 @@ def test_a_batch_of_eight_is_bit_for_bit_what_its_requests_give_alone(engine: En
         VideoRequest(prompt=caption, seed=i, steps=4 + i % 2, width=64 + 32 * (i % 2), frames=5 + 4 * (i % 3 > 0))
         for i, (_, caption) in enumerate(seen + unseen)
     ]
-    together = Engine(engine.components, max_batch_size=8, keep_latents=True).generate(requests)
+    together = Engine(engine.model, max_batch_size=8, keep_latents=True).generate(requests)
     for request, video in zip(requests, together, strict=True):
-        (alone,) = Engine(engine.components, keep_latents=True).generate([request])
+        (alone,) = Engine(engine.model, keep_latents=True).generate([request])
         assert video.provenance["batch"]["largest"] == 8
         assert video.latents is not None
         assert alone.latents is not None

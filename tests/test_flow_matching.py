@@ -6,11 +6,12 @@ import pytest
 import tiny
 import torch
 
-from reelbatch.models.hunyuan_video.text import TextStates
+from reelbatch.models.hunyuan_video.family import HunyuanVideo
 from reelbatch.models.hunyuan_video.transformer import HunyuanVideoTransformer3DModel
 from reelbatch.train.flow_matching import Example, draw_sigmas, flow_matching_loss, shift
 
 CONFIG = tiny.transformer_config()
+BRANCH = HunyuanVideo.training_branch
 
 
 def model() -> HunyuanVideoTransformer3DModel:
@@ -23,7 +24,9 @@ def example(seed: int, frames: int, text: int) -> Example:
     generator = torch.Generator().manual_seed(seed)
     latents = torch.randn(CONFIG["in_channels"], frames, 4, 6, generator=generator)
     states = torch.randn(text, CONFIG["text_embed_dim"], generator=generator)
-    return Example(latents, TextStates(states, torch.randn(CONFIG["pooled_projection_dim"], generator=generator)))
+    return Example(
+        latents, {"text": states, "pooled": torch.randn(CONFIG["pooled_projection_dim"], generator=generator)}
+    )
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -34,10 +37,10 @@ def test_the_gradient_of_a_pack_is_the_sum_of_the_gradients_of_its_samples(check
     together, apart = model(), model()
     if checkpointing:
         together.train().enable_gradient_checkpointing()
-    losses = flow_matching_loss(together, examples, sigmas, guidance, noise)
+    losses = flow_matching_loss(together, BRANCH, examples, sigmas, guidance, noise)
     losses.sum().backward()
     for i, one in enumerate(examples):
-        loss = flow_matching_loss(apart, [one], sigmas[i : i + 1], guidance[i : i + 1], noise[i : i + 1])
+        loss = flow_matching_loss(apart, BRANCH, [one], sigmas[i : i + 1], guidance[i : i + 1], noise[i : i + 1])
         torch.testing.assert_close(loss[0], losses[i], rtol=1e-5, atol=1e-6)
         loss.sum().backward()
     for pair in zip(together.parameters(), apart.parameters(), strict=True):
@@ -54,8 +57,8 @@ def test_the_target_is_the_velocity_from_the_clip_to_the_noise() -> None:
         return [[branch.latents - one.latents for branch in pack] for pack in packs]
 
     noise = [torch.randn_like(one.latents)]
-    assert flow_matching_loss(knowing, [one], torch.ones(1), torch.ones(1), noise).item() == 0
-    assert flow_matching_loss(knowing, [one], torch.full((1,), 0.5), torch.ones(1), noise).item() > 0
+    assert flow_matching_loss(knowing, BRANCH, [one], torch.ones(1), torch.ones(1), noise).item() == 0
+    assert flow_matching_loss(knowing, BRANCH, [one], torch.full((1,), 0.5), torch.ones(1), noise).item() > 0
 
 
 def test_levels_are_drawn_as_asked_and_follow_the_shift() -> None:

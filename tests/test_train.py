@@ -17,7 +17,7 @@ from diffusers import HunyuanVideoTransformer3DModel as Reference
 from safetensors.torch import load_file
 
 from reelbatch import Engine, VideoRequest
-from reelbatch.train import loop
+from reelbatch.train import loop, weights
 from reelbatch.train.checkpoints import CheckpointError, Checkpoints, Position
 from reelbatch.train.config import make_config, read_config
 from reelbatch.train.data import DataError
@@ -57,12 +57,12 @@ def _any_precision() -> Iterator[None]:
 def run(base: dict[str, Any], out: Path, stop_at: int | None = None, **changes: Any) -> Trained:
     asked = 0
 
-    def stopping() -> bool:
+    def should_stop() -> bool:
         nonlocal asked
         asked += 1
         return asked == stop_at
 
-    return train(make_config(base | {"out": out} | changes), stopping=stopping)
+    return train(make_config(base | {"out": out} | changes), should_stop=should_stop)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def plain_losses(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory)
     return {method: run(base, out / method, method=method, **changes).loss for method in ("lora", "full")}
 
 
-def weights(found: Trained) -> dict[str, torch.Tensor]:
+def tensors_of(found: Trained) -> dict[str, torch.Tensor]:
     assert found.weights is not None
     return load_file(found.weights)
 
@@ -82,7 +82,7 @@ def weights(found: Trained) -> dict[str, torch.Tensor]:
 
 
 def test_a_run_learns_and_leaves_its_folder(base: dict[str, Any], tmp_path: Path) -> None:
-    told: list[str] = []
+    messages: list[str] = []
     config = make_config(
         base
         | {
@@ -96,7 +96,7 @@ def test_a_run_learns_and_leaves_its_folder(base: dict[str, Any], tmp_path: Path
             "save_every": 0,
         }
     )
-    found = train(config, told.append)
+    found = train(config, messages.append)
     rows = read_metrics(tmp_path / "metrics.csv")
     held_out = [float(row["validation_loss"]) for row in rows if row["validation_loss"]]
     assert len(rows) == 20 and len(held_out) == 2
@@ -104,8 +104,8 @@ def test_a_run_learns_and_leaves_its_folder(base: dict[str, Any], tmp_path: Path
     assert found.steps == 20 and not found.stopped and found.validation_loss == held_out[1]
     for name in ("config.yaml", "loss.png", "lora.safetensors", "samples/step-0000020.png"):
         assert (tmp_path / name).stat().st_size > 0
-    assert any("6 clips to train on, 2 held out, 0 skipped" in line for line in told)
-    steps = [line for line in told if line.startswith("step ")]
+    assert any("6 clips to train on, 2 held out, 0 skipped" in line for line in messages)
+    steps = [line for line in messages if line.startswith("step ")]
     assert all(re.match(r"step \d+ of \d+: .*loss \d", line) for line in steps)
     assert "left" in steps[0] and "left" not in steps[-1]
 
@@ -117,7 +117,7 @@ def test_what_is_trained_draws_from_its_own_numbers_whoever_shares_the_pack(
     packed = run(base, tmp_path / "a", batch_size=4, batch_tokens=None)
     apart = run(base, tmp_path / "b", batch_size=1, batch_tokens=None, accumulate=4)
     assert packed.loss == pytest.approx(apart.loss, rel=1e-5)
-    for one, other in zip(weights(packed).values(), weights(apart).values(), strict=True):
+    for one, other in zip(tensors_of(packed).values(), tensors_of(apart).values(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=2e-5)
 
 
@@ -132,7 +132,8 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(base: dict[str, Any], t
     second = run(base, tmp_path / "parts", resume="auto", **changes)
     assert second.steps == 5
     states = [
-        load_file(tmp_path / name / "checkpoints" / "step-0000005" / loop.WEIGHTS_FILE) for name in ("whole", "parts")
+        load_file(tmp_path / name / "checkpoints" / "step-0000005" / weights.WEIGHTS_FILE)
+        for name in ("whole", "parts")
     ]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     averages = [_average(found) for found in (whole, second)]
@@ -223,27 +224,27 @@ def test_a_loss_that_is_not_finite_stops_with_step_files_and_checkpoint(
     monkeypatch.setattr(loop, "flow_matching_loss", broken)
     with pytest.raises(TrainingError) as caught:
         run(base, tmp_path)
-    told = str(caught.value)
-    assert "the loss of step 4 is not finite" in told
-    assert told.count(".mp4") == 1  # the one file, not all of the batch
-    assert str(tmp_path / "checkpoints" / "step-0000002") in told
+    message = str(caught.value)
+    assert "the loss of step 4 is not finite" in message
+    assert message.count(".mp4") == 1  # the one file, not all of the batch
+    assert str(tmp_path / "checkpoints" / "step-0000002") in message
     assert len(read_metrics(tmp_path / "metrics.csv")) == 3
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(
     base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = loop.save_file
+    real = weights.save_file
 
-    def full(weights: Any, path: Path) -> None:
-        real(weights, path)
+    def full(tensors: Any, path: Path) -> None:
+        real(tensors, path)
         if "0000004" in str(path):
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(loop, "save_file", full)
-    told: list[str] = []
-    found = train(make_config(base | {"out": tmp_path, "steps": 5}), told.append)
-    assert any("step 4 could not be saved" in line and "No space left" in line for line in told)
+    monkeypatch.setattr(weights, "save_file", full)
+    messages: list[str] = []
+    found = train(make_config(base | {"out": tmp_path, "steps": 5}), messages.append)
+    assert any("step 4 could not be saved" in line and "No space left" in line for line in messages)
     assert found.steps == 5  # the run goes on
     left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert left == ["step-0000002", "step-0000005"]
@@ -282,11 +283,11 @@ def test_a_resumed_run_takes_the_settings_and_the_clips_that_it_is_given(
     fewer.write_text("\n".join(row.replace('"file_name": "', f'"file_name": "{data}/') for row in rows[:4]))
     changes = {"steps": 4, "schedule": "linear", "learning_rate": 1e-3, "weight_decay": 0.5, "data": fewer}
     config = make_config(base | {"out": tmp_path / "out", "resume": "auto"} | changes)
-    told: list[str] = []
-    going_on = Run(config, make_accelerator(config), told.append)
+    messages: list[str] = []
+    going_on = Run(config, make_accelerator(config), messages.append)
     assert going_on.optimizer.param_groups[0]["weight_decay"] == 0.5
     assert going_on.schedule.get_last_lr() == [pytest.approx(1e-3 * 0.5)]  # two of four steps are behind it
-    assert any("the clips are not those of the checkpoint" in line for line in told)
+    assert any("the clips are not those of the checkpoint" in line for line in messages)
     going_on.go(lambda: False)
     assert [row["step"] for row in read_metrics(tmp_path / "out" / "metrics.csv")] == ["1", "2", "3", "4"]
     assert read_config(tmp_path / "out" / "config.yaml") == config.model_copy(update={"resume": None})
@@ -298,11 +299,11 @@ def test_a_clip_that_is_held_out_is_never_trained_on_and_one_must_be_left(
     one = tmp_path / "one.jsonl"
     one.write_text(json.dumps({"file_name": str(data / "0.mp4"), "text": "a cat"}))
     config = make_config(base | {"out": tmp_path, "validation": one, "batch_tokens": 8})
-    told: list[str] = []
-    found = Run(config, make_accelerator(config), told.append)
+    messages: list[str] = []
+    found = Run(config, make_accelerator(config), messages.append)
     assert len(found.dataset.clips) == 7 and len(found.dataset.held_out) == 1
     assert not {clip.clip.path for clip in found.dataset.clips} & {clip.clip.path for clip in found.dataset.held_out}
-    assert any("clips are larger than batch_tokens=8 (the largest has" in line for line in told)
+    assert any("clips are larger than batch_tokens=8 (the largest has" in line for line in messages)
     assert len(found.samples.pack(0)) == 1
     for changes in ({"validation_share": 0.1}, {"validation": one}):
         with pytest.raises(DataError, match="all 1 clips are held out"):
@@ -323,14 +324,15 @@ def test_a_step_that_overflows_in_fp16_is_skipped_with_its_learning_rate_and_ave
     accelerator = make_accelerator(config)
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
     found = Run(config, accelerator, print)
-    before = {name: parameter.clone() for name, parameter in found.trained.items()}
-    assert found.ema is not None
+    before = {name: parameter.clone() for name, parameter in found.weights.parameters.items()}
+    average = found.weights.average
+    assert average is not None
     assert not math.isfinite(found.step().gradient_norm)
-    assert found.schedule.get_last_lr() == [1e-2] and found.ema.optimization_step == 0 and found.position.step == 1
-    assert all(torch.equal(parameter, before[name]) for name, parameter in found.trained.items())
+    assert found.schedule.get_last_lr() == [1e-2] and average.optimization_step == 0 and found.position.step == 1
+    assert all(torch.equal(parameter, before[name]) for name, parameter in found.weights.parameters.items())
     assert accelerator.scaler.get_scale() == 2.0**59
 
-    next(iter(found.trained.values())).register_hook(lambda gradient: gradient * math.nan)
+    next(iter(found.weights.parameters.values())).register_hook(lambda gradient: gradient * math.nan)
     found.step()  # it may be the scale
     accelerator.scaler.update(0.5)
     with pytest.raises(TrainingError, match="the gradient of step 3 is not finite"):

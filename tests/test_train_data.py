@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from reelbatch.loading.load import load
-from reelbatch.loading.model import Model
+from reelbatch.models.hunyuan_video.family import HunyuanVideo
 from reelbatch.train import data
 from reelbatch.train.cache import EncodedClips
 from reelbatch.train.data import BrokenClip, Clip, ClipRules, DataError, find_clips, read_clip
@@ -143,23 +143,25 @@ def test_what_a_decoder_does_not_know_is_a_broken_clip(tmp_path: Path, monkeypat
 
 
 @pytest.fixture(scope="module")
-def components(tiny_folder: Path) -> Model:
-    return load(tiny_folder, "cpu")
+def family(tiny_folder: Path) -> HunyuanVideo:
+    found = load(tiny_folder, "cpu").family
+    assert isinstance(found, HunyuanVideo)
+    return found
 
 
 def test_clips_and_captions_are_encoded_once_and_anew_where_they_changed_or_are_damaged(
-    tmp_path: Path, components: Model
+    tmp_path: Path, family: HunyuanVideo
 ) -> None:
     clip = Clip(clips.write_video(tmp_path / "a.mp4", clips.counted(5)), ("a red cat",))
 
     def encoded(**rules: int) -> tuple[torch.Tensor, torch.Tensor, int]:
-        found = EncodedClips(tmp_path / "cache", components, ClipRules(**rules))
-        return found.latents(clip), found.caption("a red cat").text, found.made
+        clips = EncodedClips(tmp_path / "cache", family, ClipRules(**rules))
+        return clips.latents(clip), clips.caption("a red cat")["text"], clips.newly_encoded
 
     latents, text, made = encoded()
     assert made == 2
     assert latents.shape == (4, 2, 4, 4)
-    torch.testing.assert_close(text, components.family.text.encode("a red cat").text)
+    torch.testing.assert_close(text, family.text.encode("a red cat").text)
     again = encoded()
     assert again[2] == 0 and torch.equal(again[0], latents) and torch.equal(again[1], text)
 
@@ -178,11 +180,11 @@ def test_clips_and_captions_are_encoded_once_and_anew_where_they_changed_or_are_
     assert other[2] == 1 and not torch.equal(other[0], latents)
 
 
-def test_latents_are_those_of_the_vae(tmp_path: Path, components: Model) -> None:
+def test_latents_are_those_of_the_vae(tmp_path: Path, family: HunyuanVideo) -> None:
     frames = np.random.default_rng(0).integers(0, 255, (5, 32, 48, 3)).astype(np.uint8)
     clip = Clip(clips.write_video(tmp_path / "a.mp4", frames), ("x",))
-    found = EncodedClips(tmp_path / "cache", components, ClipRules()).latents(clip)
-    vae = components.family.decoder.vae
+    found = EncodedClips(tmp_path / "cache", family, ClipRules()).latents(clip)
+    vae = family.decoder.vae
     with torch.no_grad():
         video = torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
         expected = vae.encode(video).latent_dist.mode()[0] * vae.config.scaling_factor

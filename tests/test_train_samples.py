@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from reelbatch.models.hunyuan_video.text import TextStates
+from reelbatch.geometry import Geometry
+from reelbatch.models.hunyuan_video.family import HunyuanVideo
+from reelbatch.request import ModelLimits, RequestDefaults
 from reelbatch.train.cache import Encoded
 from reelbatch.train.config import make_config
 from reelbatch.train.data import Clip
@@ -21,11 +23,11 @@ from reelbatch.train.samples import Samples
 NUMBERS = range(400)
 
 
-class Told:
-    """Encodings that tell what they are of: a caption's rows are as many as it has characters."""
+class Encodings:
+    """A caption's rows are as many as it has characters."""
 
-    def caption(self, text: str) -> TextStates:
-        return TextStates(text=torch.zeros(len(text), 2), pooled=torch.zeros(2))
+    def caption(self, text: str) -> dict[str, torch.Tensor]:
+        return {"text": torch.zeros(len(text), 2), "pooled": torch.zeros(2)}
 
     def latents(self, clip: Clip) -> torch.Tensor:
         return torch.zeros(1, 1, 4, 4)
@@ -34,11 +36,10 @@ class Told:
 def samples(**changes: Any) -> Samples:
     """Of three clips of 4, 16 and 64 tokens in two wordings, of a model whose own size has 12 tokens and shift 3."""
     clips = tuple(Encoded(Clip(Path(str(tokens)), ("a", "a cat")), (1, 1, 4, 4), tokens, 5) for tokens in (4, 16, 64))
-    defaults = SimpleNamespace(frames=9, height=32, width=32)
-    limits = SimpleNamespace(defaults=defaults, spatial_stride=16, temporal_stride=4)
-    components: Any = SimpleNamespace(flow_shift=3.0, limits=limits)
-    encoded: Any = Told()
-    return Samples(make_config(changes), Dataset(clips, clips[:2], (), encoded), components)
+    limits = ModelLimits(16, 4, RequestDefaults(frames=9, height=32, width=32))
+    family: Any = SimpleNamespace(flow_shift=3.0, limits=limits, geometry=Geometry(1, spatial=8, temporal=4, patch=2))
+    encoded: Any = Encodings()
+    return Samples(make_config(changes), Dataset(clips, clips[:2], (), encoded), family)
 
 
 def test_a_sample_is_the_same_by_its_number_and_seed_and_no_other_is() -> None:
@@ -60,7 +61,7 @@ def test_a_sample_is_the_same_by_its_number_and_seed_and_no_other_is() -> None:
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_a_share_of_samples_is_without_caption_and_the_others_have_any_of_the_wordings(share: float) -> None:
     found = samples(caption_dropout=share)
-    rows = [len(found.draw(number).example.caption.text) for number in NUMBERS]
+    rows = [len(found.draw(number).example.caption["text"]) for number in NUMBERS]
     assert rows.count(0) / len(rows) == pytest.approx(share, abs=0.08 * (0 < share < 1))
     for wording in ("a", "a cat"):
         assert rows.count(len(wording)) / len(rows) == pytest.approx((1 - share) / 2, abs=0.08 * (share < 1))
@@ -102,17 +103,18 @@ def test_packs_hold_what_fits_and_one_at_least() -> None:
 
 
 def test_the_network_is_told_each_samples_level_and_guidance() -> None:
-    told = []
+    given = []
 
     def network(packs: list[list[Any]]) -> list[list[torch.Tensor]]:
-        told.extend(packs[0])
+        given.extend(packs[0])
         return [[branch.latents for branch in packs[0]]]
 
     ones = [torch.ones(1, 1, 2, 2)] * 2
-    examples = [Example(2 * one, TextStates(text=torch.zeros(1, 2), pooled=torch.zeros(2))) for one in ones]
-    losses = flow_matching_loss(network, examples, torch.tensor([0.25, 0.5]), torch.tensor([1.0, 6.0]), ones)
-    assert [float(branch.timestep) for branch in told] == [250.0, 500.0]
-    assert [float(branch.guidance) for branch in told] == [1000.0, 6000.0]
-    assert [float(branch.latents.mean()) for branch in told] == [1.75, 1.5]
+    examples = [Example(2 * one, {"text": torch.zeros(1, 2), "pooled": torch.zeros(2)}) for one in ones]
+    sigmas, guidance = torch.tensor([0.25, 0.5]), torch.tensor([1.0, 6.0])
+    losses = flow_matching_loss(network, HunyuanVideo.training_branch, examples, sigmas, guidance, ones)
+    assert [float(branch.timestep) for branch in given] == [250.0, 500.0]
+    assert [float(branch.guidance) for branch in given] == [1000.0, 6000.0]
+    assert [float(branch.latents.mean()) for branch in given] == [1.75, 1.5]
     # what was given is (1 - sigma) 2 + sigma 1, what is asked for is 1 - 2
     assert losses.tolist() == [2.75**2, 2.5**2]

@@ -19,11 +19,16 @@ from platformdirs import user_cache_path
 
 log = logging.getLogger("reelbatch")
 
-_TOLD = re.compile(
-    r"out of memory|can't allocate memory|not enough memory|CUBLAS_STATUS_ALLOC_FAILED|could not create a primitive$",
+_OUT_OF_MEMORY = re.compile(
+    r"out[ _]of[ _]memory"  # CUDA, HIP, the driver, NVRTC_ERROR_OUT_OF_MEMORY
+    r"|(can't|cannot) allocate memory|not enough memory"  # PyTorch's CPU allocator, mmap
+    r"|(CUBLAS|CUDNN|CUSOLVER|CUSPARSE|HIPBLAS|HIPSOLVER|ROCBLAS)_STATUS_ALLOC_FAILED|miopenStatusAllocFailed"
+    r"|CUDNN_STATUS_INTERNAL_ERROR_(DEVICE|HOST)_ALLOCATION_FAILED"  # since cuDNN 9
+    # cuDNN tried every algorithm; those for which there was no workspace were passed over in silence
+    r"|unable to find a valid cuDNN algorithm|was unable to find an engine to execute this computation"
+    r"|could not create a primitive$",  # oneDNN, which has no memory for its workspace
     re.IGNORECASE,
 )
-"""The last is oneDNN's, which has no memory for its workspace."""
 
 
 class OutOfMemory(MemoryError):
@@ -36,7 +41,7 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    return isinstance(error, RuntimeError) and _TOLD.search(str(error)) is not None
+    return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
 
 
 def free_memory() -> None:
@@ -52,13 +57,19 @@ def gibibytes(count: int) -> str:
 
 
 def choose_device(device: torch.device | str = "auto") -> torch.device:
-    """`auto` is the first CUDA device where there is one, else the CPU. Raises ValueError for a device not there."""
+    """`auto` is the first CUDA device where there is one, else the CPU.
+
+    Raises:
+        ValueError: for a device that is not there, or on which nothing here has ever run.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
     except RuntimeError:
         raise ValueError(f"device {device!r} is unknown; give auto, cpu, cuda or cuda:N") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {str(chosen)!r} is not supported; give auto, cpu, cuda or cuda:N")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {str(chosen)!r} is not there: PyTorch sees {torch.cuda.device_count()} CUDA devices")
     return chosen
@@ -109,8 +120,6 @@ def device_memory_bytes(device: torch.device | str) -> int:
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory()
     return min([psutil.virtual_memory().total, *_cgroup_limits()])
 
 

@@ -8,8 +8,9 @@ import shutil
 from importlib.metadata import version
 from typing import Any, get_args
 
-from reelbatch.attention import BACKENDS, Setting, choose, rule_names
-from reelbatch.attention.backends import Kind
+from reelbatch.attention import BACKENDS, Setting, choose, rule_names, varlen
+from reelbatch.attention.flex import COMPILERS
+from reelbatch.attention.setting import Kind, compute_capability
 from reelbatch.device import choose_device, device_memory_bytes, device_name
 from reelbatch.loading.precision import choose_dtype
 
@@ -26,9 +27,11 @@ def examine(device: str = "auto", dtype: str = "auto") -> dict[str, Any]:
     """The machine, the attention kernels that run on it, and the one that is chosen for each kind of mask."""
     chosen_device = choose_device(device)
     chosen_dtype = choose_dtype(dtype, chosen_device)
-    settings: dict[Kind, Setting] = {kind: Setting(chosen_device.type, chosen_dtype, kind) for kind in get_args(Kind)}
+    settings: dict[Kind, Setting] = {kind: Setting.on(chosen_device, chosen_dtype, kind) for kind in get_args(Kind)}
     chosen = {kind: choose(setting) for kind, setting in settings.items()}
-    compiler = next((found for name in ("g++", "clang++", "c++") if (found := shutil.which(name))), None)
+    compiler = next((path for name in COMPILERS if (path := shutil.which(name))), None)
+    capability = compute_capability(chosen_device)
+    notes = {"varlen": None if capability is None else varlen.note(capability)}
     return {
         "machine": {
             "python": platform.python_version(),
@@ -42,18 +45,18 @@ def examine(device: str = "auto", dtype: str = "auto") -> dict[str, Any]:
         "device": str(chosen_device),
         "dtype": str(chosen_dtype).removeprefix("torch."),
         "chosen": {WITH[kind]: {"backend": choice.backend.name, "why": choice.why} for kind, choice in chosen.items()},
-        "backends": [_backend(name, settings) for name in BACKENDS],
+        "backends": [_backend(name, settings, notes.get(name)) for name in BACKENDS],
         "rules": list(rule_names()),
     }
 
 
-def _backend(name: str, settings: dict[Kind, Setting]) -> dict[str, Any]:
-    refused = {kind: BACKENDS[name].refuses(setting) for kind, setting in settings.items()}
-    reasons = {WITH[kind]: reason for kind, reason in refused.items() if reason is not None}
+def _backend(name: str, settings: dict[Kind, Setting], note: str | None) -> dict[str, Any]:
+    refusals = {kind: BACKENDS[name].refuses(setting) for kind, setting in settings.items()}
+    reasons = {WITH[kind]: reason for kind, reason in refusals.items() if reason is not None}
     always = len(reasons) == len(settings) and len(set(reasons.values())) == 1
     return {
         "name": name,
-        "what": BACKENDS[name].what,
+        "what": BACKENDS[name].what + (f" ({note})" if note else ""),
         "never": next(iter(reasons.values())) if always else None,
         "refuses": {} if always else reasons,
     }

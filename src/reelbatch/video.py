@@ -7,7 +7,6 @@ in its `comment`. The mp4 is written aside and put in its place at once, so what
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -26,6 +25,7 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
+from reelbatch.files import PART, aside, sync
 from reelbatch.request import RequestDefaults, VideoRequest
 
 if TYPE_CHECKING:
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 Frames = NDArray[np.uint8]
 
 CRF = "12"  # near lossless: little videos keep their colours, large ones are still small next to what they cost
-PART = ".part"
-"""Ending of files that are not whole yet."""
 MADE_BY = ("model", "dtype", "isolation")  # what makes two videos of one request the same, of a record's entries
 
 
@@ -98,7 +96,7 @@ class Video:
         try:
             record = json.dumps(self.record, default=str)  # ASCII: no character that an mp4 tag could not hold
             _encode(self.frames, self.request.fps or RequestDefaults.fps, part, record)
-            _sync(part)
+            sync(part)
             yield Aside(part, path, self.record)
         finally:
             part.unlink(missing_ok=True)
@@ -120,7 +118,7 @@ class Aside:
             _place_new(self.part, self.path)
         if with_sidecar:
             write_sidecar(self.path, self.record, self.part.parent)
-        _sync(self.path.parent)
+        sync(self.path.parent)
 
 
 def sidecar(path: Path) -> Path:
@@ -297,36 +295,6 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     import matplotlib  # its DejaVu Sans knows far more letters than Pillow's own font
 
     return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
-
-
-@contextmanager
-def aside(path: Path, folder: Path | None = None) -> Iterator[Path]:
-    """A file to write to, put in `path`'s place when all went well and removed when not.
-
-    folder: where it is, on the same file system; `path`'s own by default.
-    """
-    part = (folder or path.parent) / f".{secrets.token_hex(8)}{PART}"
-    try:
-        yield part
-        _sync(part)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    """Until the disk has it: a file, or the names in a folder."""
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except OSError:  # folders cannot be opened on Windows
-        return
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that cannot do it
-            raise
-    finally:
-        os.close(handle)
 
 
 def _place_new(part: Path, path: Path) -> None:

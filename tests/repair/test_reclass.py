@@ -7,8 +7,8 @@ from types import MethodType
 import pytest
 import torch
 
-from reelbatch.repair.fix import CannotRepair
-from reelbatch.repair.reclass import reclass
+from reelbatch.repairs.fix import CannotRepair
+from reelbatch.repairs.reclass import reclass
 
 
 class Base(torch.nn.Module):

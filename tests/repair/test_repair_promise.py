@@ -9,7 +9,7 @@ import torch
 from pipelines import PROMPTS, SEEDS, batch, difference, frames, generate, with_transformer
 
 import reelbatch
-from reelbatch.repair import hunyuan_video
+from reelbatch.repairs import hunyuan_video
 
 CFG = {"negative_prompt": "blurry", "true_cfg_scale": 3.0}
 
@@ -55,7 +55,7 @@ def test_isolation_is_of_the_pipeline(pipe, monkeypatch):
     monkeypatch.setattr(
         hunyuan_video.Transformer,
         "_packs",
-        lambda self, given: packs.append(len(given)) or type().__mro__[2]._packs(self, given),
+        lambda self, given: packs.append(len(given)) or type(self).__mro__[2]._packs(self, given),
     )
     shared = with_transformer(pipe, pipe.transformer)
     reelbatch.repair(pipe, isolation="packed")

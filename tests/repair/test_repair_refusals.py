@@ -26,8 +26,8 @@ from diffusers.models.transformers.transformer_hunyuan_video import (
 from pipelines import classes, difference, generate, is_repaired, with_transformer
 
 import reelbatch
-from reelbatch.repair import hunyuan_video
-from reelbatch.repair.fix import CannotRepair
+from reelbatch.repairs import hunyuan_video
+from reelbatch.repairs.fix import CannotRepair
 
 
 class Wrapped(HunyuanVideoTransformerBlock):

@@ -14,7 +14,7 @@ from diffusers import (
 from pipelines import PROMPTS, SCALES, SEEDS, classes, difference, generate, is_repaired, with_transformer
 
 import reelbatch
-from reelbatch.repair.fix import CannotRepair
+from reelbatch.repairs.fix import CannotRepair
 
 
 def test_bit_for_bit(pipe):

@@ -11,7 +11,7 @@ from diffusers import hooks
 from pipelines import STEPS, classes, difference, generate, is_repaired
 
 import reelbatch
-from reelbatch.repair.fix import CannotRepair
+from reelbatch.repairs.fix import CannotRepair
 
 
 def cache_config(name: str, pipe: Any) -> Any:

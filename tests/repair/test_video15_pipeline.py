@@ -30,8 +30,8 @@ from transformers import (
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from video15 import differences, make_transformer, make_vae
 
-from reelbatch.repair import hunyuan_video15
-from reelbatch.repair.fix import CannotRepair, Undo
+from reelbatch.repairs import hunyuan_video15
+from reelbatch.repairs.fix import CannotRepair, Undo
 
 CHAT = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
 

@@ -14,8 +14,8 @@ from diffusers import (
 from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15AttnProcessor2_0
 from video15 import mixed_batch, repair, run
 
-from reelbatch.repair import hunyuan_video15
-from reelbatch.repair.fix import CannotRepair, same_source, source_digest
+from reelbatch.repairs import hunyuan_video15, hunyuan_video15_pipeline
+from reelbatch.repairs.fix import CannotRepair, same_source, source_digest
 
 
 def classes(model: torch.nn.Module) -> list[type]:
@@ -66,7 +66,7 @@ def test_names_stay(transformer, vae, tmp_path):
         assert str(type(model)) == str(expected)
 
 
-SOURCES = hunyuan_video15.TRANSFORMER_SOURCE + hunyuan_video15.VAE_SOURCE
+SOURCES = hunyuan_video15.TRANSFORMER_SOURCE + hunyuan_video15_pipeline.VAE_SOURCE
 
 
 @pytest.mark.parametrize(("owner", "name", "digest"), SOURCES, ids=lambda value: getattr(value, "__name__", ""))

@@ -12,8 +12,8 @@ from diffusers import (
     HunyuanVideo15Transformer3DModel,
 )
 
-from reelbatch.repair import hunyuan_video15
-from reelbatch.repair.fix import Undo
+from reelbatch.repairs import hunyuan_video15
+from reelbatch.repairs.fix import Undo
 
 TEXT, GLYPHS, IMAGE = 12, 7, 5
 """Tokens that a sample's text, glyphs and image have room for."""

@@ -147,7 +147,7 @@ def test_the_first_offload_that_fits_by_the_plans_estimate_is_taken(
     skeleton = cache(hunyuanvideo_13b)
     monkeypatch.setattr(run, "from_folder", lambda folder, precision, device: skeleton(precision, device))
     monkeypatch.setattr(run, "Estimator", cache(Estimator))  # traced once, as it takes seconds
-    large = request(height=544, width=960, frames=97)
+    large = request(height=544, width=960, frames=97, vae_tiling=256)
     asked = [workload.Workload("w", "s", (large,), 1)]
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     bf16, int8 = Precision.parse("bf16", cuda), Precision.parse("int8", cuda)

@@ -17,13 +17,10 @@ from reelbatch.attention.backends import (
     BACKENDS,
     AttentionBackendError,
     Choice,
-    Mask,
-    Setting,
     attend,
     attend_one,
     check_backend,
     choose,
-    kind_of,
 )
 from reelbatch.attention.masks import FORMS, MaskShapeError, Sizes, canonical, once, per_sample
 from reelbatch.attention.rules import (
@@ -38,6 +35,7 @@ from reelbatch.attention.rules import (
     rule_named,
     rule_names,
 )
+from reelbatch.attention.setting import Mask, Setting, kind_of
 from reelbatch.ragged import Lengths
 
 __all__ = [

@@ -5,49 +5,22 @@ Each backend says for what it cannot do why it cannot; `choose` takes the one th
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
-from inspect import signature
-from itertools import accumulate
-from typing import Any, Literal, NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from reelbatch import ragged
-from reelbatch.attention.masks import DenseMask
+from reelbatch.attention import flex, varlen
 from reelbatch.attention.rules import RuleMask
+from reelbatch.attention.setting import HALF, Heads, Mask, Rows, Setting
 from reelbatch.ragged import Lengths
-
-Mask = DenseMask | RuleMask | None
-"""What one sample's attention is restricted to, made ready; None is unrestricted."""
-Rows = Float[Tensor, "tokens heads head_dim"]
-Heads = Float[Tensor, "1 heads tokens head_dim"]
-Kind = Literal["none", "keys", "dense", "rules"]
-
-
-def kind_of(mask: Mask) -> Kind:
-    if mask is None:
-        return "none"
-    if isinstance(mask, RuleMask):
-        return "rules"
-    return "dense" if mask.keys is None else "keys"
-
-
-class Setting(NamedTuple):
-    """What a choice depends on."""
-
-    device: str
-    dtype: torch.dtype
-    kind: Kind
-    samples: int = 1
-    training: bool = False
+from reelbatch.tracing import cached
 
 
 @dataclass(frozen=True)
@@ -79,6 +52,8 @@ def _sdpa(kernel: SDPBackend | None) -> Callable[[Heads, Heads, Heads, Mask], He
     def kernel_call(query: Tensor, key: Tensor, value: Tensor, scores: Tensor | None = None) -> Tensor:
         if kernel is None:
             return scaled_dot_product_attention(query, key, value, attn_mask=scores)
+        # PyTorch would take another kernel for strided heads; the one that was named refuses them
+        query, key, value = (part if part.stride(-1) == 1 else part.contiguous() for part in (query, key, value))
         with sdpa_kernel(kernel):
             return scaled_dot_product_attention(query, key, value, attn_mask=scores)
 
@@ -110,93 +85,48 @@ def _by_calls(kernel_call: Callable[..., Tensor], query: Tensor, key: Tensor, va
     return out
 
 
-def _sdpa_refuses(kernel: str) -> Callable[[Setting], str | None]:
-    def refuses(setting: Setting) -> str | None:
-        if kernel in ("cudnn", "efficient") and setting.device != "cuda":
-            return f"the {kernel} kernel runs on CUDA alone, and this is {setting.device}"
-        if kernel == "flash" and setting.device == "cuda":
-            if setting.dtype not in (torch.float16, torch.bfloat16):
-                return f"the flash kernel takes float16 and bfloat16 on CUDA, and this is {setting.dtype}"
-            if setting.kind in ("dense", "rules"):
-                return "the flash kernel takes no mask on CUDA"
-        if kernel == "cudnn" and setting.dtype not in (torch.float16, torch.bfloat16):
-            return f"the cuDNN kernel takes float16 and bfloat16, and this is {setting.dtype}"
-        return None
-
-    return refuses
-
-
-# --------------------------------------------------------------------------------------------------
-# Flash attention over variable lengths: all samples of a pack in one call
-
-
-@lru_cache(maxsize=64)
-def _boundaries(lengths: Lengths, device: torch.device) -> Tensor:
-    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
-
-
-def _varlen_all(query: Rows, key: Rows, value: Rows, lengths: Lengths) -> Rows:
-    from torch.nn.attention.varlen import varlen_attn
-
-    starts, longest = _boundaries(lengths, query.device), max(lengths)
-    # how many splits the kernel takes on its own depends on the longest of a pack's samples; one does not
-    single: dict[str, Any] = {"num_splits": 1} if "num_splits" in signature(varlen_attn).parameters else {}
-    return cast(Tensor, varlen_attn(query, key, value, starts, starts, longest, longest, **single))
-
-
-def _varlen_one(query: Heads, key: Heads, value: Heads, mask: Mask) -> Heads:
-    q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
-    return _varlen_all(q, k, v, (query.shape[2],)).transpose(0, 1)[None]
-
-
-def _varlen_refuses(setting: Setting) -> str | None:
-    if setting.device != "cuda":
-        return f"varlen_attn runs on CUDA alone, and this is {setting.device}"
-    if setting.dtype not in (torch.float16, torch.bfloat16):
-        return f"varlen_attn takes float16 and bfloat16, and this is {setting.dtype}"
-    if setting.kind != "none":
-        return "varlen_attn takes no mask"
-    if not _has_varlen():
-        return f"torch {torch.__version__} has no torch.nn.attention.varlen"
+def _flash_refuses(setting: Setting) -> str | None:
+    if setting.value_dim != setting.head_dim:
+        return f"the flash kernel takes {setting.one_head_size}"
+    if setting.device == "cpu":
+        return "the flash kernel has no gradient for a mask" if setting.learned_mask else None
+    if setting.dtype not in HALF:
+        return f"the flash kernel takes float16 and bfloat16 on CUDA, and this is {setting.dtype}"
+    if setting.kind in ("dense", "rules"):
+        return "the flash kernel takes no mask on CUDA"
+    if setting.below_ampere:
+        return f"the flash kernel {setting.needs_ampere}"
+    if setting.head_dim is not None and setting.head_dim > 256:
+        return f"the flash kernel takes head sizes up to 256, and this is {setting.head_dim}"
     return None
 
 
-@cache
-def _has_varlen() -> bool:
-    try:
-        import torch.nn.attention.varlen  # noqa: F401
-    except ImportError:
-        return False
-    return True
+def _cudnn_refuses(setting: Setting) -> str | None:
+    if setting.device != "cuda":
+        return f"the cudnn kernel runs on CUDA alone, and this is {setting.device}"
+    if setting.dtype not in HALF:
+        return f"the cuDNN kernel takes float16 and bfloat16, and this is {setting.dtype}"
+    if setting.below_ampere:
+        return f"the cuDNN kernel {setting.needs_ampere}"
+    if setting.learned_mask:
+        return "the cuDNN kernel has no gradient for a mask"
+    return _refuses_head_sizes("cuDNN", setting, multiple=8)
 
 
-# --------------------------------------------------------------------------------------------------
-# FlexAttention
-
-FLEX_SHAPES = 128
-"""Pairs of rules and shape that one process compiles at most."""
-
-
-@cache
-def _compiled_flex() -> Callable[..., Any]:
-    # fullgraph: past the limit of shapes it raises; it would otherwise run uncompiled, with scores of tokens × tokens
-    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
+def _efficient_refuses(setting: Setting) -> str | None:
+    if setting.device != "cuda":
+        return f"the efficient kernel runs on CUDA alone, and this is {setting.device}"
+    if setting.dtype not in (*HALF, torch.float32):
+        return f"the efficient kernel takes float16, bfloat16 and float32, and this is {setting.dtype}"
+    if setting.dtype == torch.bfloat16 and setting.below_ampere:
+        return f"the efficient kernel for bfloat16 {setting.needs_ampere}"
+    return _refuses_head_sizes("efficient", setting, multiple=8 if setting.dtype in HALF else 4)
 
 
-def _flex(query: Heads, key: Heads, value: Heads, mask: Mask) -> Heads:
-    block_mask = mask.block_mask if isinstance(mask, RuleMask) else None
-    with torch._dynamo.config.patch(recompile_limit=FLEX_SHAPES):
-        return _compiled_flex()(query, key, value, block_mask=block_mask)
-
-
-def _flex_refuses(setting: Setting) -> str | None:
-    if setting.kind in ("dense", "keys"):
-        return "FlexAttention here takes rules, not mask tensors"
-    if setting.device == "cpu":
-        if setting.training:
-            return "FlexAttention has no backward pass on the CPU"
-        if not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
-            return "FlexAttention on the CPU is compiled, and there is no C++ compiler (g++ or clang++) on the PATH"
+def _refuses_head_sizes(kernel: str, setting: Setting, multiple: int) -> str | None:
+    for size in (setting.head_dim, setting.value_dim):
+        if size is not None and size % multiple:
+            return f"the {kernel} kernel takes head sizes that are multiples of {multiple}, and this is {size}"
     return None
 
 
@@ -208,16 +138,16 @@ BACKENDS: dict[str, Backend] = {
     for backend in (
         Backend("sdpa", "PyTorch chooses the kernel for each sample", lambda setting: None, _sdpa(None)),
         *(
-            Backend(name, f"scaled dot product attention, {name} kernel", _sdpa_refuses(name), _sdpa(kernel))
-            for name, kernel in (
-                ("flash", SDPBackend.FLASH_ATTENTION),
-                ("cudnn", SDPBackend.CUDNN_ATTENTION),
-                ("efficient", SDPBackend.EFFICIENT_ATTENTION),
-                ("math", SDPBackend.MATH),
+            Backend(name, f"scaled dot product attention, {name} kernel", refuses, _sdpa(kernel))
+            for name, kernel, refuses in (
+                ("flash", SDPBackend.FLASH_ATTENTION, _flash_refuses),
+                ("cudnn", SDPBackend.CUDNN_ATTENTION, _cudnn_refuses),
+                ("efficient", SDPBackend.EFFICIENT_ATTENTION, _efficient_refuses),
+                ("math", SDPBackend.MATH, lambda setting: None),
             )
         ),
-        Backend("varlen", "flash attention, a pack in one call", _varlen_refuses, _varlen_one, _varlen_all),
-        Backend("flex", "FlexAttention: rules compiled to block masks", _flex_refuses, _flex),
+        Backend("varlen", "flash attention, a pack in one call", varlen.refuses, varlen.attend, varlen.attend_all),
+        Backend("flex", "FlexAttention: rules compiled to block masks", flex.refuses, flex.attend),
     )
 }
 AUTO = "auto"
@@ -228,7 +158,7 @@ class Choice(NamedTuple):
     why: str
 
 
-@lru_cache(maxsize=256)
+@cached(maxsize=256)
 def choose(setting: Setting, named: str = AUTO) -> Choice:
     """The backend for a setting.
 
@@ -242,11 +172,14 @@ def choose(setting: Setting, named: str = AUTO) -> Choice:
         check_backend(named)
         reason = BACKENDS[named].refuses(setting)
         if reason is None:
-            return Choice(BACKENDS[named], "named by you")
+            return Choice(BACKENDS[named], "named in the call")
         can = [backend.name for backend in BACKENDS.values() if backend.refuses(setting) is None]
         raise AttentionBackendError(f"Attention backend {named!r}: {reason}. These can: {', '.join(can)}, or 'auto'.")
     if setting.kind == "rules" and setting.device == "cuda":
-        return Choice(BACKENDS["flex"], "rules on CUDA: blocks that are masked are not computed")
+        reason = BACKENDS["flex"].refuses(setting)
+        if reason is None:
+            return Choice(BACKENDS["flex"], "rules on CUDA: blocks that are masked are not computed")
+        return Choice(BACKENDS["sdpa"], f"rules on CUDA: dense calls over what each block may see, as {reason}")
     if setting.kind == "rules":
         return Choice(
             BACKENDS["sdpa"], "rules on the CPU: dense calls over what each block may see; nothing to compile"
@@ -265,7 +198,10 @@ def check_backend(named: str) -> None:
 
 def attend_one(query: Heads, key: Heads, value: Heads, mask: Mask, backend: str) -> Heads:
     """One sample's attention."""
-    return choose(_setting(query, key, value, kind_of(mask), 1), backend).backend.attend(query, key, value, mask)
+    chosen = choose(Setting.of(query, key, value, mask), backend).backend
+    if not query.shape[2] or not key.shape[2]:  # fused kernels refuse no tokens; sums over none are zeros
+        return query @ key.mT @ value
+    return chosen.attend(query, key, value, mask)
 
 
 def attend(
@@ -273,7 +209,7 @@ def attend(
 ) -> Float[Tensor, "tokens heads*head_dim"]:
     """Attention of each sample over its own rows; `masks` has one a sample, or is None if nobody has one."""
     if masks is None or all(mask is None for mask in masks):
-        chosen = choose(_setting(query, key, value, "none", len(lengths)), backend).backend
+        chosen = choose(Setting.of(query, key, value, None, len(lengths)), backend).backend
         if chosen.attend_all is not None:
             return chosen.attend_all(query, key, value, lengths).flatten(1)
         masks = (None,) * len(lengths)
@@ -284,8 +220,3 @@ def attend(
         q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in parts)
         out.append(attend_one(q, k, v, mask, backend).squeeze(0).transpose(0, 1).flatten(1))
     return ragged.join(out)
-
-
-def _setting(query: Tensor, key: Tensor, value: Tensor, kind: Kind, samples: int) -> Setting:
-    training = torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, value))
-    return Setting(query.device.type, query.dtype, kind, samples, training)

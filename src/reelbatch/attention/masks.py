@@ -151,8 +151,11 @@ class DenseMask:
             return self.scores
 
         def cast() -> Tensor:
-            limit = torch.finfo(dtype).max / 2
-            return self.scores.clamp(-limit, limit).to(dtype).masked_fill(self.scores.isneginf(), float("-inf"))
+            limit = torch.finfo(dtype).max
+            if limit >= torch.finfo(self.scores.dtype).max:
+                return self.scores.to(dtype)
+            # half of it, as scores are added to
+            return self.scores.clamp(-limit / 2, limit / 2).to(dtype).masked_fill(self.scores.isneginf(), float("-inf"))
 
         return once(self.scores, dtype, cast)
 

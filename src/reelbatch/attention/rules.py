@@ -11,13 +11,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.functional import pad
+
+from reelbatch.tracing import cached
 
 BLOCK = 128
 """Tokens on a side of a block; FlexAttention's own default."""
@@ -247,28 +250,70 @@ class RuleMask:
     @cached_property
     @torch.inference_mode(False)
     def block_mask(self) -> BlockMask:
-        """For FlexAttention."""
+        """For FlexAttention, over the sample's bucket of rows."""
+        rows = bucket(len(self))
         of_head = torch.tensor(self.of_head, device=self.some.device)
-        tokens, rules = self.tokens, self.rules
+        tokens = Tokens(*(pad(coordinate, (0, rows - len(self))) for coordinate in self.tokens))
+        real, rules = _real(len(self), self.some.device), self.rules
 
         def allowed(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             q, k, chosen = tokens.at(query), tokens.at(key), of_head[head]
+            both = real[query] & real[key]
             may = query < 0
             for place, rule in enumerate(rules):
-                may = may | ((chosen == place) & (rule(q, k) if rule is not None else query >= 0))
-            return may
+                may = may | ((chosen == place) & (rule(q, k) if rule is not None else both))
+            return may & both
 
         heads = of_head if len(rules) > 1 else of_head[:1]  # one table serves all heads that have one rule
-        some, every = self.some[heads][None], self.every[heads][None]
-        if len(self) % BLOCK:  # a block that reaches beyond the last token is never full
-            every[..., -1, :] = every[..., -1] = False
-        return BlockMask.from_kv_blocks(
-            *_ordered(some & ~every),
-            *_ordered(every),
-            BLOCK_SIZE=BLOCK,
-            mask_mod=allowed,
-            seq_lengths=(len(self), len(self)),
-        )
+        return _block_mask(self.some[heads], self.every[heads], len(self), len(self), allowed)
+
+
+def bucket(tokens: int) -> int:
+    """Rows that FlexAttention is compiled for: whole blocks, and at most an eighth more of them than there are."""
+    blocks = -(-tokens // BLOCK)
+    step = 1 << max(blocks.bit_length() - 4, 0)
+    return -(-blocks // step) * step * BLOCK
+
+
+@cached(maxsize=16)
+@torch.inference_mode(False)
+def unrestricted(queries: int, keys: int, device: torch.device) -> BlockMask:
+    """The block mask, over buckets of rows, with which every query may attend to every key."""
+    real_query, real_key = _real(queries, device), _real(keys, device)
+
+    def allowed(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return real_query[query] & real_key[key]
+
+    every = torch.ones(1, -(-queries // BLOCK), -(-keys // BLOCK), dtype=torch.bool, device=device)
+    return _block_mask(every, every.clone(), queries, keys, allowed)
+
+
+def _real(count: int, device: torch.device) -> Bool[Tensor, " rows"]:
+    """Which rows of a bucket are a sample's own."""
+    return torch.arange(bucket(count), device=device) < count
+
+
+def _block_mask(
+    some: Bool[Tensor, "heads query_blocks key_blocks"],
+    every: Bool[Tensor, "heads query_blocks key_blocks"],
+    queries: int,
+    keys: int,
+    allowed: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+) -> BlockMask:
+    """Tables of blocks (fresh ones: `every` is written to) as FlexAttention reads them."""
+    if queries % BLOCK:  # a block that reaches beyond the last token is never full
+        every[:, -1] = False
+    if keys % BLOCK:
+        every[:, :, -1] = False
+    beyond = (0, bucket(keys) // BLOCK - some.shape[2], 0, bucket(queries) // BLOCK - some.shape[1])
+    some, every = (pad(table, beyond)[None] for table in (some, every))
+    return BlockMask.from_kv_blocks(
+        *_ordered(some & ~every),
+        *_ordered(every),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=allowed,
+        seq_lengths=(bucket(queries), bucket(keys)),
+    )
 
 
 def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
@@ -285,11 +330,11 @@ def _evaluate(rule: Rule | None, tokens: Tokens, queries: Tensor, keys: Tensor) 
 def coordinates(grid: tuple[int, int, int], text: int, device: torch.device) -> Tokens:
     """Of a sample's joint sequence: patches frame by frame, row by row, then so many text tokens."""
     axes = torch.meshgrid(*(torch.arange(size, device=device, dtype=torch.int32) for size in grid), indexing="ij")
-    frame, row, column = (torch.nn.functional.pad(axis.flatten(), (0, text), value=-1) for axis in axes)
+    frame, row, column = (pad(axis.flatten(), (0, text), value=-1) for axis in axes)
     return Tokens(frame, row, column, frame < 0)
 
 
-@lru_cache(maxsize=16)
+@cached(maxsize=16)
 @torch.inference_mode(False)  # what is kept may serve training next
 def compile_rules(
     rules: HeadRules, heads: int, grid: tuple[int, int, int], text: int, device: torch.device
@@ -324,6 +369,6 @@ def _block_tables(rule: Rule | None, tokens: Tokens) -> tuple[Tensor, Tensor]:
         if not allowed.any(-1).all():
             raise ValueError(f"The rule {rule} leaves some tokens nothing to attend to; let each see at least itself.")
         for table, reduce, beyond in ((some, torch.any, False), (every, torch.all, True)):
-            padded = torch.nn.functional.pad(allowed, (0, blocks * BLOCK - count), value=beyond)
+            padded = pad(allowed, (0, blocks * BLOCK - count), value=beyond)
             table[block] = reduce(reduce(padded, 0).view(blocks, BLOCK), -1)
     return some, every

@@ -36,13 +36,13 @@ def _train(config_file: Path | None, **flags: Any) -> None:
     from reelbatch.train.loop import train
 
     with warnings_as_lines(), interruptible() as interrupted:
-        found = train(config, say, lambda: bool(interrupted))
-    if found.weights is None:  # the main process speaks for all
-        raise typer.Exit(INTERRUPTED if found.stopped else 0)
-    if found.stopped:
-        say(f"stopped at step {found.steps}; the same command with --resume auto goes on")
+        result = train(config, say, lambda: bool(interrupted))
+    if result.weights is None:  # the main process speaks for all
+        raise typer.Exit(INTERRUPTED if result.stopped else 0)
+    if result.stopped:
+        say(f"stopped at step {result.steps}; the same command with --resume auto goes on")
         raise typer.Exit(INTERRUPTED)
-    say(f"loss {found.loss:.4g} after {found.steps} steps; written: {found.weights}")
+    say(f"loss {result.loss:.4g} after {result.steps} steps; written: {result.weights}")
 
 
 def _flag(name: str, kind: Any, panel: str, help: str, default: Any) -> signatures.Parameter:
@@ -56,8 +56,8 @@ def _flag(name: str, kind: Any, panel: str, help: str, default: Any) -> signatur
         default = " ".join(map(str, default)) if default else None
     if kind is bool:
         flag, default = f"{flag}/--no-{name.replace('_', '-')}", None
-    told = help if default in (None, "", ()) else f"{help} [default: {default}]"
-    option = typer.Option(flag, help=told, rich_help_panel=panel, show_default=False)
+    text = help if default in (None, "", ()) else f"{help} [default: {default}]"
+    option = typer.Option(flag, help=text, rich_help_panel=panel, show_default=False)
     return signatures.Parameter(
         name, signatures.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=Annotated[kind | None, option]
     )

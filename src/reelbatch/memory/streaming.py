@@ -12,6 +12,8 @@ from diffusers.hooks import HookRegistry, apply_group_offloading
 from diffusers.hooks.group_offloading import ModuleGroup
 from torch import nn
 
+from reelbatch.memory.alignment import aligned
+
 CPU = torch.device("cpu")
 GROUP_HOOKS = ("group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading")
 """Diffusers' names of what group offload hangs into a network."""
@@ -36,6 +38,11 @@ class DiskGroup(ModuleGroup):
             super()._offload_to_disk()
         for tensor in self.tensor_to_key:  # where Diffusers would leave as much memory, unwritten
             tensor.data = torch.empty(1, dtype=tensor.dtype).expand(tensor.shape)
+
+    def _onload_from_disk(self) -> None:
+        super()._onload_from_disk()
+        for tensor in self.tensor_to_key:
+            tensor.data = aligned(tensor.data)
 
     def cast(self, dtype: torch.dtype) -> None:
         """Casts all weights, as `from_pretrained` would have."""

@@ -7,7 +7,8 @@ channels latents have. A new model is a new room with a class that has these att
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
 from jaxtyping import Float, UInt8
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 
 from reelbatch.geometry import Geometry
 from reelbatch.request import ModelLimits, VideoRequest
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
 
 Phase = Literal["text", "step", "decode"]
 """The kinds of work: encoding what conditions a request, a denoising step, decoding latents to frames."""
@@ -110,3 +114,70 @@ class Family(Protocol):
 
     def set_attention_backend(self, backend: str) -> None:
         """The kernel of the transformer's attention."""
+
+
+class EncoderIdentity(NamedTuple):
+    """What the results of an encoder depend on: with its input's, the key of a cache.
+
+    Attributes:
+        settings: as text; the order counts.
+        parts: names of the networks whose weights it uses; the order counts.
+    """
+
+    settings: tuple[str, ...]
+    parts: tuple[str, ...]
+
+
+@runtime_checkable
+class TrainableFamily(Family, Protocol):
+    """A family whose transformer can be trained.
+
+    Attributes:
+        transformer: takes `packs=` as `velocities` does, and gives the same, with gradients. Its class has
+            `layer_groups`, patterns of its linear layers' full names by the groups' names, and `zero_at_start`, a
+            pattern of the names of those that start at zero in an untrained network.
+        clip_encoder, caption_encoder: what `encode_clip` and `encode_caption` depend on.
+    """
+
+    @property
+    def transformer(self) -> ModelMixin: ...
+
+    @property
+    def clip_encoder(self) -> EncoderIdentity: ...
+
+    @property
+    def caption_encoder(self) -> EncoderIdentity: ...
+
+    def encode_clip(
+        self, frames: UInt8[Tensor, "frames height width 3"]
+    ) -> Float[Tensor, "channels latent_frames h w"]:
+        """Latents as the transformer sees them, fp32, on the CPU; the same every time."""
+
+    def encode_caption(self, caption: str) -> Mapping[str, Tensor]:
+        """What conditions a sample with this caption, by name, fp32, on the CPU."""
+
+    def caption_rows(self, caption: Mapping[str, Tensor]) -> int:
+        """Transformer rows that an encoded caption takes."""
+
+    @staticmethod
+    def training_branch(
+        latents: Float[Tensor, "channels frames height width"],
+        caption: Mapping[str, Tensor],
+        timestep: Float[Tensor, ""],
+        guidance: Float[Tensor, ""],
+        dtype: torch.dtype,
+    ) -> Branch:
+        """What the transformer is given of one sample; all tensors are on its device.
+
+        Args:
+            latents: with noise. caption: as `encode_caption` gives it. timestep: sigma × 1000.
+            guidance: the embedded guidance scale, for models that take one.
+            dtype: of what the transformer is given, the timestep aside.
+        """
+
+    def save_transformer(self, folder: Path, dtype: torch.dtype, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Writes the transformer as a folder of its own, which a model folder can hold.
+
+        Args:
+            weights: to write in the place of those that are in the network.
+        """

@@ -1,17 +1,14 @@
 """Encoded clips and captions, made once and kept on disk.
 
 An entry is a safetensors file, named by a hash of all that it is made from: the bytes of the video file, the rules by
-which it is cut, and the weights of the VAE (of a caption: its text, the prompt template and the text encoders). It
-carries a checksum of its tensors, and one that does not pass is made anew.
+which it is cut, and what encodes it, with its weights (of a caption: its text and what encodes it). It carries a
+checksum of its tensors, and one that does not pass is made again.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import secrets
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -22,13 +19,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from reelbatch.loading.model import Model
-from reelbatch.models.hunyuan_video.text import TextStates
-from reelbatch.models.hunyuan_video.vae import SingleSampleConv3d
+from reelbatch.files import aside
+from reelbatch.models.family import EncoderIdentity, TrainableFamily
 from reelbatch.train.data import Clip, ClipRules, read_clip
 
 FORMAT = "1"
-"""Raised when what is encoded, or how, changes: older entries are then made anew."""
+"""Raised when what is encoded, or how, changes: older entries are then made again."""
 CAPTIONS_KEPT = 4096
 """Captions whose encodings stay in memory."""
 
@@ -38,75 +34,53 @@ class EncodedClips:
 
     Args:
         folder: of the cache; any number of runs, models and rules may share it.
-        model: whose VAE and text encoders encode.
+        family: encodes.
         rules: by which files become clips.
+
+    Attributes:
+        newly_encoded: entries that were not in the cache.
     """
 
-    def __init__(self, folder: Path, model: Model, rules: ClipRules) -> None:
-        self.folder, self.model, self.rules = folder, model, rules
-        self.made = 0
-        """Entries that were encoded, not found."""
-        for module in model.family.decoder.vae.encoder.modules():
-            if type(module) is nn.Conv3d:
-                module.__class__ = SingleSampleConv3d
+    def __init__(self, folder: Path, family: TrainableFamily, rules: ClipRules) -> None:
+        self.folder, self.family, self.rules = folder, family, rules
+        self.newly_encoded = 0
         self.caption = lru_cache(CAPTIONS_KEPT)(self._caption)
 
     def latents(self, clip: Clip) -> Float[Tensor, "channels frames height width"]:
-        """Scaled as the transformer sees them, fp32, on the CPU. Raises BrokenClip if the file cannot be used."""
-        return self._entry(self._clip_key(clip.path), lambda: {"latents": self._encode(clip.path)})["latents"]
+        """As `TrainableFamily.encode_clip`. Raises BrokenClip if the file cannot be used."""
+        key = _hash("clip", file_hash(clip.path), self.rules.as_text(), self._clip_encoder)
+        return self._entry(key, lambda: {"latents": self._encode(clip.path)})["latents"]
 
-    def _caption(self, caption: str) -> TextStates:
-        """fp32, on the CPU."""
+    def _encode(self, path: Path) -> Tensor:
+        return self.family.encode_clip(torch.from_numpy(read_clip(path, self.rules)))
 
-        def encode() -> dict[str, Tensor]:
-            found = self.model.family.text.encode(caption)
-            return {"text": found.text.float().cpu(), "pooled": found.pooled.float().cpu()}
-
-        return TextStates(**self._entry(_hash("caption", self._text_key, caption), encode))
+    def _caption(self, caption: str) -> Mapping[str, Tensor]:
+        """As `TrainableFamily.encode_caption`."""
+        key = _hash("caption", self._caption_encoder, caption)
+        return self._entry(key, lambda: self.family.encode_caption(caption))
 
     # -- entries -----------------------------------------------------------------------------------
 
-    def _entry(self, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    def _entry(self, key: str, encode: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
         path = self.folder / key[:2] / f"{key}.safetensors"
-        found = read_entry(path)
-        if found is None:
-            found = {name: tensor.contiguous() for name, tensor in make().items()}
-            write_entry(path, found)
-            self.made += 1
-        return found
-
-    def _clip_key(self, path: Path) -> str:
-        return _hash("clip", file_hash(path), self.rules.as_text(), self._vae_key)
+        tensors = read_entry(path)
+        if tensors is None:
+            tensors = {name: tensor.contiguous() for name, tensor in encode().items()}
+            write_entry(path, tensors)
+            self.newly_encoded += 1
+        return tensors
 
     @cached_property
-    def _vae_key(self) -> str:
-        config = json.dumps(dict(self.model.family.decoder.vae.config), sort_keys=True, default=str)
-        return _hash(config, _weights_hash(self.model.family.decoder.vae))
+    def _clip_encoder(self) -> str:
+        return self._identity(self.family.clip_encoder)
 
     @cached_property
-    def _text_key(self) -> str:
-        text = self.model.family.text
-        tokens = json.dumps([text.tokenizer.get_vocab(), text.tokenizer_2.get_vocab()], sort_keys=True)
-        template = f"{text.template} {text.max_tokens}"
-        return _hash(template, tokens, _weights_hash(text.llama), _weights_hash(text.clip))
+    def _caption_encoder(self) -> str:
+        return self._identity(self.family.caption_encoder)
 
-    @torch.no_grad()
-    def _encode(self, path: Path) -> Float[Tensor, "channels frames height width"]:
-        """The posterior's mean, not a sample of it: a clip is the same every time it is seen."""
-        frames = torch.from_numpy(read_clip(path, self.rules))
-        decoder, vae = self.model.family.decoder, self.model.family.decoder.vae
-        video = frames.permute(3, 0, 1, 2)[None].to(vae.device).float().div(127.5).sub(1).to(vae.dtype)
-        shape = (
-            vae.config.latent_channels,
-            (len(frames) - 1) // vae.temporal_compression_ratio + 1,
-            *(side // vae.spatial_compression_ratio for side in frames.shape[1:3]),
-        )
-        found, vae.use_tiling = vae.use_tiling, decoder.tiles(shape)  # encoding takes about what decoding takes
-        try:
-            latents = vae.encode(video.contiguous()).latent_dist.mean[0]
-        finally:
-            vae.use_tiling = found
-        return (latents.float() * vae.config.scaling_factor).cpu()
+    def _identity(self, encoder: EncoderIdentity) -> str:
+        parts = self.family.parts
+        return _hash(*encoder.settings, *(_weights_hash(parts[name]) for name in encoder.parts))
 
 
 def read_entry(path: Path) -> dict[str, Tensor] | None:
@@ -114,28 +88,17 @@ def read_entry(path: Path) -> dict[str, Tensor] | None:
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            known = (file.metadata() or {}).get("checksum")
+            stored = (file.metadata() or {}).get("checksum")
     except (OSError, SafetensorError, ValueError):
         return None
-    return tensors if known == checksum(tensors) else None
+    return tensors if stored == checksum(tensors) else None
 
 
 def write_entry(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Written aside and put in its place at once, so that what has its name is whole."""
+    """Writes an entry, whole or not at all. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with aside(path) as part:
         save_file(tensors, part, metadata={"checksum": checksum(tensors)})
-
-
-@contextmanager
-def aside(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write to, put in its place when all went well and removed when not."""
-    part = path.with_name(f".{secrets.token_hex(8)}.part")
-    try:
-        yield part
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def checksum(tensors: dict[str, Tensor]) -> str:
@@ -160,7 +123,7 @@ def file_hash(path: Path) -> str:
 
 
 def _weights_hash(network: nn.Module) -> str:
-    """Of the weights in memory: it tells a dtype and a fine-tuned model apart, wherever their files lie."""
+    """Hash of the weights in memory: it differs by dtype and fine-tuning, wherever their files lie."""
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(name.encode())
@@ -174,11 +137,11 @@ def _hash(*parts: str) -> str:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A clip that can be trained on: what is known of it without opening its entry.
+    """A clip that can be trained on: what is known without opening its entry.
 
     Attributes:
         shape: of its latents, `[channels, frames, height, width]`.
-        video_tokens, text_tokens: rows that it puts through the transformer; the text is its longest caption.
+        video_tokens, text_tokens: transformer rows; the text is its longest caption.
     """
 
     clip: Clip

@@ -6,21 +6,22 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from reelbatch.loading.model import Model
+from reelbatch.device import cache_folder
+from reelbatch.models.family import TrainableFamily
+from reelbatch.request import ModelLimits
 from reelbatch.train.batches import generator_of
 from reelbatch.train.cache import Encoded, EncodedClips
 from reelbatch.train.config import TrainConfig
 from reelbatch.train.data import BrokenClip, Clip, ClipRules, DataError, find_clips
 from reelbatch.wording import duration
 
-TELL_EVERY_SECONDS = 10.0
-"""How often encoding says how far it is."""
+LOG_EVERY_SECONDS = 10.0
+"""How often encoding logs how far it is."""
 
 
 @dataclass(frozen=True)
@@ -44,27 +45,33 @@ class Dataset:
         return hashlib.sha256(known.encode()).hexdigest()[:16]
 
 
-def make_dataset(config: TrainConfig, model: Model, accelerator: Accelerator, tell: Callable[[str], None]) -> Dataset:
+def make_dataset(
+    config: TrainConfig, family: TrainableFamily, accelerator: Accelerator, log: Callable[[str], None]
+) -> Dataset:
     """Encodes what is not in the cache, a share of it on each device, and finds out what can be used.
 
     Raises:
         DataError: if nothing is left to train on, and what `find_clips` raises.
     """
     train, held_out = _divided(config)
-    encoded = EncodedClips(config.cache or _cache_folder(), model, _rules(config, model))
+    folder = config.cache or cache_folder() / "encoded"
+    encoded = EncodedClips(folder, family, _rules(config, family.limits))
     clips = train + held_out
-    mine = _encode(encoded, clips, accelerator, tell)
-    found = sorted(gather_object(mine) if accelerator.num_processes > 1 else mine)
-    usable = {entry[0]: _known(clips[entry[0]], model, entry[1], entry[2]) for entry in found if len(entry) == 3}
+    own_share = _encode(encoded, clips, accelerator, log)
+    results = sorted(gather_object(own_share) if accelerator.num_processes > 1 else own_share)
+    usable = {
+        number: Encoded(clips[number], shape, family.geometry.grid(shape).tokens, text_tokens)
+        for number, shape, text_tokens in (result for result in results if len(result) == 3)
+    }
     dataset = Dataset(
         clips=tuple(usable[i] for i in range(len(train)) if i in usable),
         held_out=tuple(usable[i] for i in range(len(train), len(clips)) if i in usable),
-        skipped=tuple(str(entry[1]) for entry in found if len(entry) == 2),
+        skipped=tuple(str(result[1]) for result in results if len(result) == 2),
         encoded=encoded,
     )
     if not dataset.clips:
         raise DataError(["none of the files can be used:", *dataset.skipped])
-    _tell(config, dataset, tell)
+    _summarise(config, dataset, log)
     return dataset
 
 
@@ -82,8 +89,7 @@ def _divided(config: TrainConfig) -> tuple[list[Clip], list[Clip]]:
     return train, held_out
 
 
-def _rules(config: TrainConfig, model: Model) -> ClipRules:
-    limits = model.limits
+def _rules(config: TrainConfig, limits: ModelLimits) -> ClipRules:
     d = limits.defaults
     return ClipRules(
         fps=config.fps or d.fps,
@@ -94,55 +100,47 @@ def _rules(config: TrainConfig, model: Model) -> ClipRules:
     )
 
 
+Result = tuple[int, tuple[int, ...], int] | tuple[int, str]
+"""Number of a clip, shape of its latents and rows of its longest caption; or number and fault."""
+
+
 def _encode(
-    encoded: EncodedClips, clips: Sequence[Clip], accelerator: Accelerator, tell: Callable[[str], None]
-) -> list[tuple[int, tuple[int, ...], int] | tuple[int, str]]:
-    """This device's share: number, shape of the latents and rows of the longest caption; or number and fault."""
+    encoded: EncodedClips, clips: Sequence[Clip], accelerator: Accelerator, log: Callable[[str], None]
+) -> list[Result]:
+    """This device's share of the clips."""
     rank, devices = accelerator.process_index, accelerator.num_processes
-    mine: list[tuple[int, tuple[int, ...], int] | tuple[int, str]] = []
+    results: list[Result] = []
     share = range(rank, len(clips), devices)
-    started = told = time.monotonic()
+    started = last_log = time.monotonic()
     for count, i in enumerate(share, 1):
         try:
             shape = tuple(encoded.latents(clips[i]).shape)
         except BrokenClip as error:
-            mine.append((i, str(error)))
+            results.append((i, str(error)))
             continue
-        mine.append((i, shape, max(len(encoded.caption(caption).text) for caption in clips[i].captions)))
+        rows = max(encoded.family.caption_rows(encoded.caption(caption)) for caption in clips[i].captions)
+        results.append((i, shape, rows))
         now = time.monotonic()
-        if now - told > TELL_EVERY_SECONDS:
-            told, left = now, duration((now - started) * (len(share) - count) / count)
-            tell(f"{count * devices} of {len(clips)} clips are encoded (about {left} left)")
-    encoded.caption("")  # for those whose caption is dropped
-    return mine
+        if now - last_log > LOG_EVERY_SECONDS:
+            last_log, left = now, duration((now - started) * (len(share) - count) / count)
+            log(f"{count * devices} of {len(clips)} clips are encoded (about {left} left)")
+    encoded.caption("")  # for samples whose caption is dropped
+    return results
 
 
-def _known(clip: Clip, model: Model, shape: tuple[int, ...], text: int) -> Encoded:
-    network = model.family.transformer.config
-    _, frames, height, width = shape
-    video = frames // network.patch_size_t * (height // network.patch_size) * (width // network.patch_size)
-    return Encoded(clip, shape, video, text)
-
-
-def _tell(config: TrainConfig, dataset: Dataset, tell: Callable[[str], None]) -> None:
+def _summarise(config: TrainConfig, dataset: Dataset, log: Callable[[str], None]) -> None:
     if dataset.skipped:
-        tell(f"{len(dataset.skipped)} files cannot be used (skipped.txt lists them):")
+        log(f"{len(dataset.skipped)} files cannot be used (skipped.txt lists them):")
         for line in dataset.skipped[:5]:
-            tell(f"  {line}")
-    tell(
+            log(f"  {line}")
+    log(
         f"{len(dataset.clips)} clips to train on, {len(dataset.held_out)} held out, {len(dataset.skipped)} skipped; "
-        f"{dataset.encoded.made} newly encoded"
+        f"{dataset.encoded.newly_encoded} newly encoded"
     )
     large = sum(one.tokens > config.batch_tokens for one in dataset.clips) if config.batch_tokens else 0
     if large:
         most = max(one.tokens for one in dataset.clips)
-        tell(
+        log(
             f"warning: {large} clips are larger than batch_tokens={config.batch_tokens} (the largest has {most}); each "
             "is a pack of its own, which takes more memory"
         )
-
-
-def _cache_folder() -> Path:
-    from reelbatch.device import cache_folder
-
-    return cache_folder() / "encoded"

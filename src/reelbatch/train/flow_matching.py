@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,19 +11,19 @@ from diffusers.training_utils import compute_density_for_timestep_sampling
 from jaxtyping import Float
 from torch import Tensor
 
-from reelbatch.models.hunyuan_video.branch import Branch
-from reelbatch.models.hunyuan_video.text import TextStates
-
 TIMESTEPS = 1000.0
-"""What the network is told is sigma times this."""
+"""A timestep is sigma times this."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A clip and its caption, both encoded. Latents are scaled as the transformer sees them."""
+    """A clip and its caption, both encoded, as a `TrainableFamily` gives them."""
 
     latents: Float[Tensor, "channels frames height width"]
-    caption: TextStates
+    caption: Mapping[str, Tensor]
+
+    def to(self, device: torch.device) -> Example:
+        return Example(self.latents.to(device), {name: tensor.to(device) for name, tensor in self.caption.items()})
 
 
 def shift(sigmas: Tensor, by: Tensor | float) -> Tensor:
@@ -41,6 +41,7 @@ def draw_sigmas(
 
 def flow_matching_loss(
     transformer: Callable[..., Any],
+    branch: Callable[..., Any],
     examples: Sequence[Example],
     sigmas: Float[Tensor, " samples"],
     guidance: Float[Tensor, " samples"],
@@ -52,20 +53,15 @@ def flow_matching_loss(
     Rectified flow (arXiv 2209.03003), in the sign and time convention of Diffusers' flow-matching schedulers.
 
     Args:
-        transformer: a `HunyuanVideoTransformer3DModel`, or what wraps one; the examples go through it as one pack.
+        transformer: that of a `TrainableFamily`, or what wraps it; the examples go through it as one pack.
+        branch: the family's `training_branch`.
         sigmas: noise level of each sample, 0 to 1.
-        guidance: the embedded guidance scale that each sample is told.
+        guidance: the embedded guidance scale of each sample.
         noise: of each sample, as large as its latents.
         dtype: of what the network is given.
     """
     pack = [
-        Branch(
-            latents=((1 - sigma) * example.latents + sigma * eps).to(dtype),
-            text=example.caption.text.to(dtype),
-            pooled=example.caption.pooled.to(dtype),
-            timestep=sigma * TIMESTEPS,
-            guidance=scale.to(dtype) * TIMESTEPS,
-        )
+        branch((1 - sigma) * example.latents + sigma * eps, example.caption, sigma * TIMESTEPS, scale, dtype)
         for example, eps, sigma, scale in zip(examples, noise, sigmas, guidance, strict=True)
     ]
     velocities = transformer(packs=[pack])[0]

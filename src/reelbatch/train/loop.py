@@ -4,38 +4,39 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers.training_utils import EMAModel
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from reelbatch.loading.hub import resolve
 from reelbatch.loading.load import load
 from reelbatch.loading.model import Model
 from reelbatch.loading.precision import Precision
+from reelbatch.models.family import TrainableFamily
 from reelbatch.train.batches import packs_of_step, share_of
 from reelbatch.train.checkpoints import CheckpointError, Checkpoints, Position, read_position
-from reelbatch.train.config import TrainConfig
+from reelbatch.train.config import ConfigError, TrainConfig
 from reelbatch.train.dataset import make_dataset
 from reelbatch.train.devices import forget_precision, is_sharded, make_accelerator
 from reelbatch.train.export import write_trained
-from reelbatch.train.flow_matching import Example, flow_matching_loss
+from reelbatch.train.flow_matching import flow_matching_loss
 from reelbatch.train.method import prepare_network, trainable
-from reelbatch.train.optimizers import make_optimizer, make_schedule, set_anew
+from reelbatch.train.optimizers import apply_settings, make_optimizer, make_schedule
 from reelbatch.train.report import Metrics, Outcome, Tally, line
 from reelbatch.train.samples import VALIDATION_LEVELS, Drawn, Samples
+from reelbatch.train.weights import TrainedWeights
 
-WEIGHTS_FILE = "trained.safetensors"
+if TYPE_CHECKING:
+    from reelbatch.request import VideoRequest
 
-Tell = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 class TrainingError(RuntimeError):
@@ -48,7 +49,7 @@ class Trained:
 
     Attributes:
         out: its folder. weights: the LoRA file, or the model folder.
-        steps: how far it came. stopped: whether it was told to stop before the end.
+        steps: how far it came. stopped: whether it was asked to stop before the end.
         skipped: files that could not be used, with the reason.
     """
 
@@ -61,12 +62,14 @@ class Trained:
     skipped: list[str] = field(default_factory=list)
 
 
-def train(config: TrainConfig, tell: Tell = lambda text: None, stopping: Callable[[], bool] = lambda: False) -> Trained:
+def train(
+    config: TrainConfig, log: Log = lambda text: None, should_stop: Callable[[], bool] = lambda: False
+) -> Trained:
     """Trains, and writes the run's folder: config.yaml, metrics.csv, loss.png, samples/, checkpoints/, the weights.
 
     Args:
-        tell: gets lines for people.
-        stopping: asked after every step; True ends the run with a checkpoint.
+        log: gets lines for people.
+        should_stop: asked after every step; True ends the run with a checkpoint.
 
     Raises:
         ConfigError, DataError, CheckpointError, ModelFolderError: before anything is trained.
@@ -75,7 +78,7 @@ def train(config: TrainConfig, tell: Tell = lambda text: None, stopping: Callabl
     """
     accelerator = make_accelerator(config)
     try:
-        return Run(config, accelerator, tell if accelerator.is_main_process else lambda text: None).go(stopping)
+        return Run(config, accelerator, log if accelerator.is_main_process else lambda text: None).go(should_stop)
     finally:
         if accelerator.num_processes == 1:
             forget_precision()
@@ -93,9 +96,9 @@ def base_dtype(config: TrainConfig) -> str:
 class Run:
     """One training run on one process."""
 
-    def __init__(self, config: TrainConfig, accelerator: Accelerator, tell: Tell) -> None:
-        self.config, self.accelerator, self.tell = config, accelerator, tell
-        self._away = ExitStack()
+    def __init__(self, config: TrainConfig, accelerator: Accelerator, log: Log) -> None:
+        self.config, self.accelerator, self.log = config, accelerator, log
+        self._evicted = ExitStack()
         self.checkpoints = Checkpoints(config.out / "checkpoints", config.keep)
         resume = None if config.resume is None else self.checkpoints.find(config.resume)
         if config.resume is None and self.checkpoints.last is not None:
@@ -103,113 +106,85 @@ class Run:
                 f"out={config.out}: a run with checkpoints is there; give resume: auto to go on with it, or another out"
             )
         set_seed(config.seed)
-        self.model = self._load()
-        self.network = self.model.family.transformer
-        prepare_network(self.network, config)
-        self.dtype = torch.float32 if config.method == "full" else self.network.x_embedder.proj.weight.dtype
-        self.trained = trainable(self.network)
+        self.model, self.family = _load(config, accelerator.device)
+        network = self.family.transformer
+        self.dtype = torch.float32 if config.method == "full" else self.family.dtype
+        prepare_network(network, config)
         # before the data: encoding them may take hours
-        optimizer = make_optimizer(config, self.trained.values())
-        self.requests = _requests(config, self.model)
-        self.dataset = make_dataset(config, self.model, accelerator, tell)
-        self.samples = Samples(config, self.dataset, self.model)
-        self.model, self.optimizer, self.schedule = accelerator.prepare(
-            self.network, optimizer, make_schedule(config, optimizer)
+        optimizer = make_optimizer(config, trainable(network).values())
+        self.preview_requests = self._preview_requests()
+        self.dataset = make_dataset(config, self.family, accelerator, log)
+        self.samples = Samples(config, self.dataset, self.family)
+        self.wrapped, self.optimizer, self.schedule = accelerator.prepare(
+            network, optimizer, make_schedule(config, optimizer)
         )
-        if is_sharded(accelerator):
-            self.trained = trainable(self.model)
-        self.ema: EMAModel | None = None
-        if config.ema_decay is not None:
-            self.ema = EMAModel(self.trained.values(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)
-            accelerator.register_for_checkpointing(self.ema)
-        self._save_what_is_trained()
-        made_with = {"method": config.method, "optimizer": config.optimizer, "ema": self.ema is not None}
+        self.weights = TrainedWeights(
+            self.wrapped if is_sharded(accelerator) else network, config.ema_decay, accelerator
+        )
+        with_average = self.weights.average is not None
+        made_with = {"method": config.method, "optimizer": config.optimizer, "ema": with_average}
         self.position = Position(clips=self.dataset.hash(), made_with=made_with)
         if resume is not None:
-            self._go_on_from(resume)
+            self._resume(resume)
         if accelerator.is_main_process:
-            self._write_down()
+            self._write_config()
 
     # -- what is needed before the first step ------------------------------------------------------
 
-    def _load(self) -> Model:
-        device = self.accelerator.device
-        dtype = f"transformer={base_dtype(self.config)}"
-        model = load(resolve(self.config.model), device, Precision.parse(dtype, device))
-        model.family.transformer.set_attention_backend(self.config.attention)
-        return model
+    def _preview_requests(self) -> list[VideoRequest]:
+        if not self.config.sample_prompts:
+            return []
+        from reelbatch.train.previews import preview_requests
 
-    def _go_on_from(self, checkpoint: Path) -> None:
+        return preview_requests(self.config, self.model.limits)
+
+    def _resume(self, checkpoint: Path) -> None:
         """Raises CheckpointError if what is trained, or how, is not what the checkpoint is of."""
-        found, own = read_position(checkpoint), self.position
-        for name, before in found.made_with.items():
+        position, own = read_position(checkpoint), self.position
+        for name, before in position.made_with.items():
             if before != own.made_with.get(name):
                 raise CheckpointError(
                     f"{checkpoint}: was made with {name}={before}; this config has {name}={own.made_with.get(name)}"
                 )
-        if found.clips != own.clips:
-            self.tell("warning: the clips are not those of the checkpoint; what comes next is drawn from the new ones")
-            found.clips = own.clips
+        if position.clips != own.clips:
+            self.log("warning: the clips are not those of the checkpoint; what comes next is drawn from the new ones")
+            position.clips = own.clips
         try:
             self.accelerator.load_state(str(checkpoint))
         except CheckpointError:
             raise
         except Exception as error:  # of any of the libraries that wrote it
-            told = " ".join(str(error).split())
-            raise CheckpointError(f"{checkpoint}: cannot be gone on from ({told}); resume from another one") from error
-        set_anew(self.config, self.optimizer, self.schedule)
-        self.position = found
-        self.tell(f"resumed at step {found.step} from {checkpoint}")
+            reason = " ".join(str(error).split())
+            raise CheckpointError(
+                f"{checkpoint}: cannot be gone on from ({reason}); resume from another one"
+            ) from error
+        apply_settings(self.config, self.optimizer, self.schedule)
+        self.position = position
+        self.log(f"resumed at step {position.step} from {checkpoint}")
 
-    def _write_down(self) -> None:
+    def _write_config(self) -> None:
         """The run's settings and what it could not use; only now, so that a run that is refused changes nothing."""
         config = self.config
         config.out.mkdir(parents=True, exist_ok=True)
-        anew = config.model_copy(update={"resume": None})
-        (config.out / "config.yaml").write_text(anew.dump(), encoding="utf-8")
+        own = config.model_copy(update={"resume": None})
+        (config.out / "config.yaml").write_text(own.dump(), encoding="utf-8")
         skipped = config.out / "skipped.txt"
         if self.dataset.skipped:
             skipped.write_text("\n".join(self.dataset.skipped) + "\n", encoding="utf-8")
         else:
             skipped.unlink(missing_ok=True)
 
-    def _save_what_is_trained(self) -> None:
-        """Checkpoints hold the weights that are trained: a LoRA's network does not change."""
-        if is_sharded(self.accelerator):
-            return
-
-        def save(models: list[Any], weights: list[dict[str, Tensor]], folder: str) -> None:
-            if self.accelerator.is_main_process:
-                kept = {name: p.detach().cpu().contiguous() for name, p in self.trained.items()}
-                save_file(kept, Path(folder) / WEIGHTS_FILE)
-            weights.clear()
-
-        def restore(models: list[Any], folder: str) -> None:
-            models.clear()
-            kept = load_file(Path(folder) / WEIGHTS_FILE)
-            shapes = [{name: tensor.shape for name, tensor in of.items()} for of in (kept, self.trained)]
-            if shapes[0] != shapes[1]:
-                raise CheckpointError(
-                    f"{folder}: holds other weights than this config trains; resume with its config.yaml"
-                )
-            with torch.no_grad():
-                for name, parameter in self.trained.items():
-                    parameter.copy_(kept[name])
-
-        self.accelerator.register_save_state_pre_hook(save)
-        self.accelerator.register_load_state_pre_hook(restore)
-
     # -- the loop ----------------------------------------------------------------------------------
 
-    def go(self, stopping: Callable[[], bool]) -> Trained:
+    def go(self, should_stop: Callable[[], bool]) -> Trained:
         config, main = self.config, self.accelerator.is_main_process
         metrics = Metrics(config.out, self.position.step) if main else None
         tally = Tally()
         stopped, loss, held_out = False, math.nan, None
-        self._put_encoders_away()
+        self._evict_encoders()
         try:
             while self.position.step < config.steps and not stopped:
-                outcome = self.step(stopping)
+                outcome = self.step(should_stop)
                 stopped = outcome.stop
                 tally.add(outcome)
                 step, last = self.position.step, stopped or self.position.step == config.steps
@@ -223,22 +198,22 @@ class Run:
                     held_out = self.validation_loss()
                     row |= {"step": step, "validation_loss": held_out}
                 if row:
-                    self.tell(line(row, config.steps, left))
+                    self.log(line(row, config.steps, left))
                     if metrics is not None:
                         metrics.add(row)
                 if _due(step, config.sample_every) or (last and config.sample_prompts):
-                    self.sample()
+                    self.preview()
                 if _due(step, config.save_every) or last:
                     self._checkpoint(must=last)
         finally:
-            self._away.close()
+            self._evicted.close()
             if metrics is not None:
                 metrics.close()
         weights = self.write_weights()
         self.accelerator.wait_for_everyone()
         return Trained(config.out, weights, self.position.step, stopped, loss, held_out, list(self.dataset.skipped))
 
-    def step(self, stopping: Callable[[], bool] = lambda: False) -> Outcome:
+    def step(self, should_stop: Callable[[], bool] = lambda: False) -> Outcome:
         """One optimizer step: the packs of all devices, of which this process computes its share.
 
         Raises:
@@ -248,7 +223,7 @@ class Run:
         devices = self.accelerator.num_processes
         packs = packs_of_step(self.position.sample, self.config.accumulate * devices, self.samples.pack)
         numbers = [number for pack in packs for number in pack]
-        loss, stop = self._backward(packs, numbers, stopping)
+        loss, stop = self._backward(packs, numbers, should_stop)
         norm = self._update(numbers)
         seconds = time.perf_counter() - started
         self.position.step += 1
@@ -258,9 +233,9 @@ class Run:
         return Outcome(loss, norm, len(numbers), tokens, seconds, stop)
 
     def _backward(
-        self, packs: Sequence[range], numbers: Sequence[int], stopping: Callable[[], bool]
+        self, packs: Sequence[range], numbers: Sequence[int], should_stop: Callable[[], bool]
     ) -> tuple[float, bool]:
-        """Gradients of all devices' packs; gives the loss, and whether any device was told to stop."""
+        """Gradients of all devices' packs; gives the loss, and whether any device was asked to stop."""
         accelerator = self.accelerator
         devices = accelerator.num_processes
         total = sum(self.samples.weight(number) for number in numbers)
@@ -268,15 +243,15 @@ class Run:
         summed, bad = torch.zeros((), dtype=torch.float64), []
         for i, pack in enumerate(mine):
             weights = torch.tensor([self.samples.weight(number) for number in pack], device=accelerator.device)
-            with accelerator.no_sync(self.model) if i + 1 < len(mine) else nullcontext():
+            with accelerator.no_sync(self.wrapped) if i + 1 < len(mine) else nullcontext():
                 losses = self.loss(pack)
                 # gradients are averaged over devices, and each holds its share of the sum
                 accelerator.backward((losses * weights).sum() * (devices / total))
             detached = losses.detach()
             summed += (detached * weights).sum().double().cpu()
             bad += [number for number, value in zip(pack, detached, strict=True) if not value.isfinite()]
-        told = torch.tensor([float(summed), float(stopping()), float(len(bad))], device=accelerator.device)
-        loss, stop, failed = accelerator.reduce(told, "sum").tolist()
+        sums = torch.tensor([float(summed), float(should_stop()), float(len(bad))], device=accelerator.device)
+        loss, stop, failed = accelerator.reduce(sums, "sum").tolist()
         if failed or not math.isfinite(loss):
             raise self._not_finite("loss", bad or numbers)
         return loss / total, stop > 0
@@ -284,15 +259,16 @@ class Run:
     def _update(self, numbers: Sequence[int]) -> float:
         """The optimizer's step by the gradients that are there; gives their norm before clipping."""
         accelerator, scaler = self.accelerator, self.accelerator.scaler
-        norm = float(accelerator.clip_grad_norm_(self.trained.values(), self.config.max_grad_norm or math.inf))
+        norm = float(
+            accelerator.clip_grad_norm_(self.weights.parameters.values(), self.config.max_grad_norm or math.inf)
+        )
         # loss scaling skips steps until it has found its scale; below 1 it is not the scale that overflows
         if not math.isfinite(norm) and (scaler is None or scaler.get_scale() < 1):
             raise self._not_finite("gradient", numbers)
         self.optimizer.step()
         if not accelerator.optimizer_step_was_skipped:
             self.schedule.step()
-            if self.ema is not None:
-                self.ema.step(self.trained.values())
+            self.weights.update_average()
         self.optimizer.zero_grad()
         return norm
 
@@ -302,14 +278,10 @@ class Run:
 
     def _losses(self, drawn: Sequence[Drawn]) -> Tensor:
         device = self.accelerator.device
-        examples = []
-        for one in drawn:
-            caption = one.example.caption
-            moved = type(caption)(caption.text.to(device), caption.pooled.to(device))
-            examples.append(Example(one.example.latents.to(device), moved))
         return flow_matching_loss(
-            self.model,
-            examples,
+            self.wrapped,
+            self.family.training_branch,
+            [one.example.to(device) for one in drawn],
             torch.stack([one.sigma for one in drawn]).to(device),
             torch.stack([one.guidance for one in drawn]).to(device),
             [one.noise.to(device) for one in drawn],
@@ -330,11 +302,11 @@ class Run:
 
     @torch.no_grad()
     def validation_loss(self) -> float:
-        """Mean loss of the held-out clips over `VALIDATION_LEVELS`, each with its fixed noise, by the EMA if any."""
+        """Mean loss of the held-out clips over `VALIDATION_LEVELS`, each with fixed noise, by the average if any."""
         packs = self.samples.held_out()
         devices = self.accelerator.num_processes
         summed = torch.zeros((), device=self.accelerator.device)
-        with self._resting():
+        with self.weights.in_use():
             for turn in range(-(-len(packs) // devices)):  # every device as often, as sharded weights ask
                 place = turn * devices + self.accelerator.process_index
                 pack = packs[min(place, len(packs) - 1)]
@@ -343,44 +315,27 @@ class Run:
         tries = len(self.dataset.held_out) * len(VALIDATION_LEVELS)
         return float(self.accelerator.reduce(summed, "sum")) / tries
 
-    def sample(self) -> Path | None:
-        """A contact sheet of the sample prompts, by the EMA if any; on the main process alone."""
+    def preview(self) -> Path | None:
+        """A contact sheet of the sample prompts, by the average if any; on the main process alone."""
         if is_sharded(self.accelerator):
-            self.tell("no samples: the weights are spread over devices (FSDP)")
+            self.log("no samples: the weights are spread over devices (FSDP)")
             return None
         if not self.accelerator.is_main_process:
             return None
-        from reelbatch.engine.engine import Engine
-        from reelbatch.video import contact_sheet
+        from reelbatch.train.previews import draw_previews
 
-        self._away.close()
-        engine = Engine(self.model, attention=self.config.attention)
-        with self._resting():
-            videos = engine.generate(self.requests)
-        self._put_encoders_away()
-        sheet = contact_sheet(videos, self.config.out / "samples" / f"step-{self.position.step:07d}.png")
-        self.tell(f"samples: {sheet}")
+        self._evicted.close()
+        with self.weights.in_use():
+            sheet = draw_previews(self.config, self.model, self.preview_requests, self.position.step)
+        self._evict_encoders()
+        self.log(f"samples: {sheet}")
         return sheet
 
-    def _put_encoders_away(self) -> None:
-        """Text encoders and VAE leave the GPU to the training, until samples are drawn."""
-        if self.accelerator.device.type == "cuda":
-            self._away.enter_context(self.model.elsewhere("text", "vae"))
-
-    @contextmanager
-    def _resting(self) -> Iterator[None]:
-        """While entered, the network is as it is used: in evaluation, with averaged weights."""
-        parameters = list(self.trained.values())
-        self.network.eval()
-        if self.ema is not None:
-            self.ema.store(parameters)
-            self.ema.copy_to(parameters)
-        try:
-            yield
-        finally:
-            if self.ema is not None:
-                self.ema.restore(parameters)
-            self.network.train()
+    def _evict_encoders(self) -> None:
+        """Text encoders and VAE leave a GPU to the training, until samples are drawn. Not on the CPU, where weights
+        would go to disk."""
+        if self.accelerator.device.type != "cpu":
+            self._evicted.enter_context(self.model.placement.evicted("text", "decode"))
 
     # -- what stays --------------------------------------------------------------------------------
 
@@ -395,17 +350,18 @@ class Run:
             )
         except OSError as error:
             last = self.checkpoints.last
-            told = f"the checkpoint of step {self.position.step} could not be saved: {error}; the last good one: {last}"
+            step = self.position.step
+            message = f"the checkpoint of step {step} could not be saved: {error}; the last good one: {last}"
             if must:
-                raise OSError(told) from error
-            self.tell(f"warning: {told}. Training goes on; make room")
+                raise OSError(message) from error
+            self.log(f"warning: {message}. Training goes on; make room")
         else:
-            self.tell(f"checkpoint: {path}")
+            self.log(f"checkpoint: {path}")
 
     def _anywhere(self, here: bool) -> bool:
         """Whether it is so on any device; all of them ask together."""
-        told = torch.tensor(float(here), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(told, "sum"))
+        votes = torch.tensor(float(here), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(votes, "sum"))
 
     def write_weights(self) -> Path | None:
         """The LoRA file or the model folder, with the averaged weights if there are any; None but on the main process.
@@ -413,25 +369,23 @@ class Run:
         Raises:
             OSError: if it cannot be written.
         """
-        with self._resting():
-            gathered = self.accelerator.get_state_dict(self.model) if is_sharded(self.accelerator) else None
+        with self.weights.in_use():
+            gathered = self.accelerator.get_state_dict(self.wrapped) if is_sharded(self.accelerator) else None
             if not self.accelerator.is_main_process:
                 return None
-            return write_trained(self.config, self.model, gathered)
+            return write_trained(self.config, self.model.folder, self.family, gathered)
 
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _requests(config: TrainConfig, model: Model) -> list[Any]:
-    from reelbatch.jobs.prompts import Entry, make_requests, read_entries
-
-    entries = []
-    for number, prompt in enumerate(config.sample_prompts, 1):
-        path = Path(prompt)
-        if path.suffix.lower() in {".txt", ".jsonl", ".csv", ".tsv"}:
-            entries += read_entries(path)
-        else:
-            entries.append(Entry(f"sample prompt {number}", {"prompt": prompt}))
-    return make_requests(entries, first_seed=0, limits=model.limits)
+def _load(config: TrainConfig, device: torch.device) -> tuple[Model, TrainableFamily]:
+    """Raises ConfigError for a model that cannot be trained."""
+    precision = Precision.parse(f"transformer={base_dtype(config)}", device)
+    model = load(resolve(config.model), device, precision)
+    family = model.family
+    if not isinstance(family, TrainableFamily):
+        raise ConfigError(f"model={config.model}: a {type(family).__name__} cannot be trained here")
+    family.set_attention_backend(config.attention)
+    return model, family

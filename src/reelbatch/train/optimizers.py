@@ -51,7 +51,7 @@ def make_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer) -> Any:
     return get_scheduler(config.schedule, optimizer, config.warmup_steps, config.steps, own)
 
 
-def set_anew(config: TrainConfig, optimizer: torch.optim.Optimizer, schedule: Any) -> None:
+def apply_settings(config: TrainConfig, optimizer: torch.optim.Optimizer, schedule: Any) -> None:
     """Gives an optimizer whose state was loaded the config's own settings: a state brings those that it had with it.
 
     Args:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reelbatch.loading.model import Model
+from reelbatch.models.family import TrainableFamily
+from reelbatch.request import VideoRequest
 from reelbatch.train.batches import Order, fill, generator_of
 from reelbatch.train.cache import Encoded
 from reelbatch.train.config import TrainConfig
@@ -26,7 +27,7 @@ class Drawn:
     """One sample: a clip with its caption, and all that was drawn for it. All on the CPU, in fp32.
 
     Attributes:
-        sigma: noise level after the shift, 0 to 1. guidance: the scale that the network is told. Both scalars.
+        sigma: noise level after the shift, 0 to 1. guidance: the embedded scale. Both scalars.
         noise: as large as the latents.
     """
 
@@ -39,13 +40,11 @@ class Drawn:
 class Samples:
     """What sample `number` of a run is: always the same, whoever shares its pack."""
 
-    def __init__(self, config: TrainConfig, dataset: Dataset, model: Model) -> None:
+    def __init__(self, config: TrainConfig, dataset: Dataset, family: TrainableFamily) -> None:
         self.config, self.dataset = config, dataset
-        self.flow_shift = model.family.flow_shift if config.flow_shift is None else config.flow_shift
-        limits = model.limits
-        d, s = limits.defaults, limits.spatial_stride
-        self.own_tokens = ((d.frames - 1) // limits.temporal_stride + 1) * (d.height // s) * (d.width // s)
-        """Rows of a video of the model's own size."""
+        self.flow_shift = family.flow_shift if config.flow_shift is None else config.flow_shift
+        self.own_tokens = family.geometry.tokens(VideoRequest(prompt="-").for_model(family.limits))
+        """Tokens of a video of the model's own size."""
         self._order = Order(len(dataset.clips), config.seed)
         size = config.batch_size
         self._size = DEFAULT_BATCH_SIZE if size is None and config.batch_tokens is None else size
@@ -64,10 +63,10 @@ class Samples:
 
     def draw(self, number: int) -> Drawn:
         """Sample `number`, with all that is drawn from its own generator."""
-        config, known = self.config, self.of(number)
+        config, clip = self.config, self.of(number)
         generator = generator_of(config.seed, number)
         dropped = torch.rand((), generator=generator).item() < config.caption_dropout
-        wording = int(torch.randint(len(known.clip.captions), (), generator=generator))
+        wording = int(torch.randint(len(clip.clip.captions), (), generator=generator))
         sigma = draw_sigmas(
             1,
             generator,
@@ -77,13 +76,13 @@ class Samples:
         )[0]
         high = config.guidance if config.guidance_max is None else config.guidance_max
         guidance = config.guidance + (high - config.guidance) * torch.rand((), generator=generator)
-        caption = self.dataset.encoded.caption("" if dropped else known.clip.captions[wording])
-        latents = self.dataset.encoded.latents(known.clip)
+        caption = self.dataset.encoded.caption("" if dropped else clip.clip.captions[wording])
+        latents = self.dataset.encoded.latents(clip.clip)
         noise = torch.randn(latents.shape, generator=generator)
-        return Drawn(Example(latents, caption), shift(sigma, self._shift(known)), guidance, noise)
+        return Drawn(Example(latents, caption), shift(sigma, self._shift(clip)), guidance, noise)
 
-    def _shift(self, known: Encoded) -> float:
-        by_size = math.sqrt(known.video_tokens / self.own_tokens) if self.config.shift_by_size else 1.0
+    def _shift(self, clip: Encoded) -> float:
+        by_size = math.sqrt(clip.video_tokens / self.own_tokens) if self.config.shift_by_size else 1.0
         return self.flow_shift * by_size
 
     def held_out(self) -> list[Sequence[tuple[int, int]]]:
@@ -104,8 +103,8 @@ class Samples:
 
     def draw_held_out(self, clip: int, level: int) -> Drawn:
         """A held-out clip at one of the `VALIDATION_LEVELS`: the same in every run."""
-        known = self.dataset.held_out[clip]
-        latents = self.dataset.encoded.latents(known.clip)
+        held_out = self.dataset.held_out[clip].clip
+        latents = self.dataset.encoded.latents(held_out)
         noise = torch.randn(latents.shape, generator=generator_of(0, clip, level, 3))
-        example = Example(latents, self.dataset.encoded.caption(known.clip.captions[0]))
+        example = Example(latents, self.dataset.encoded.caption(held_out.captions[0]))
         return Drawn(example, torch.tensor(VALIDATION_LEVELS[level]), torch.tensor(self.config.guidance), noise)

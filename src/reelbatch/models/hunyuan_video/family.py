@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from types import MappingProxyType
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 
 from reelbatch.attention import HeadRules, rule_named, rule_names
 from reelbatch.geometry import Geometry
-from reelbatch.models.family import Phase, SampleView
+from reelbatch.models.family import EncoderIdentity, Phase, SampleView
 from reelbatch.models.hunyuan_video.branch import Branch
 from reelbatch.models.hunyuan_video.text import TextEncoder, TextStates
 from reelbatch.models.hunyuan_video.transformer import HunyuanVideoTransformer3DModel
@@ -149,3 +151,50 @@ class HunyuanVideo:
 
     def set_attention_backend(self, backend: str) -> None:
         self.transformer.set_attention_backend(backend)
+
+    # -- training ----------------------------------------------------------------------------------
+
+    @property
+    def clip_encoder(self) -> EncoderIdentity:
+        config = json.dumps(dict(self.decoder.vae.config), sort_keys=True, default=str)
+        return EncoderIdentity((config,), ("vae",))
+
+    @property
+    def caption_encoder(self) -> EncoderIdentity:
+        text = self.text
+        vocabularies = json.dumps([text.tokenizer.get_vocab(), text.tokenizer_2.get_vocab()], sort_keys=True)
+        return EncoderIdentity((f"{text.template} {text.max_tokens}", vocabularies), ("text_encoder", "text_encoder_2"))
+
+    def encode_clip(
+        self, frames: UInt8[Tensor, "frames height width 3"]
+    ) -> Float[Tensor, "channels latent_frames h w"]:
+        return self.decoder.encode(frames)
+
+    def encode_caption(self, caption: str) -> dict[str, Tensor]:
+        """Llama's states under `text`, CLIP's vector under `pooled`."""
+        states = self.text.encode(caption)
+        return {"text": states.text.float().cpu(), "pooled": states.pooled.float().cpu()}
+
+    def caption_rows(self, caption: Mapping[str, Tensor]) -> int:
+        return len(caption["text"])
+
+    @staticmethod
+    def training_branch(
+        latents: Float[Tensor, "channels frames height width"],
+        caption: Mapping[str, Tensor],
+        timestep: Float[Tensor, ""],
+        guidance: Float[Tensor, ""],
+        dtype: torch.dtype,
+    ) -> Branch:
+        return Branch(
+            latents.to(dtype),
+            caption["text"].to(dtype),
+            caption["pooled"].to(dtype),
+            timestep,
+            guidance.to(dtype) * 1000.0,
+        )
+
+    def save_transformer(self, folder: Path, dtype: torch.dtype, weights: Mapping[str, Tensor] | None = None) -> None:
+        copy = HunyuanVideoTransformer3DModel.from_config(self.transformer.config)
+        copy.load_state_dict(self.transformer.state_dict() if weights is None else weights)
+        copy.to(dtype).save_pretrained(folder)

@@ -48,6 +48,7 @@ from reelbatch.models.layers import (
     make_layout,
     modulated_norm,
 )
+from reelbatch.models.linear import linear, pad_rows, padding_of
 from reelbatch.tracing import run_block
 
 DIFFUSERS_BACKENDS = {
@@ -127,13 +128,17 @@ class SingleStreamBlock(nn.Module):
         shift, scale, gate = self.norm(pack.part_condition)
         normed = modulated_norm(pack.tokens, lengths, shift, scale)
         attended = self.attn.one_stream(normed, pack.layout, pack.attend)
-        mlp = F.gelu(self.proj_mlp(normed), approximate="tanh")
-        update = self.proj_out(torch.cat([attended, mlp], dim=-1))
+        mlp = F.gelu(linear(self.proj_mlp, normed), approximate="tanh")
+        update = linear(self.proj_out, torch.cat([attended, mlp], dim=-1))
         return replace(pack, tokens=gated_residual(pack.tokens, lengths, gate, update))
 
 
 # --------------------------------------------------------------------------------------------------
 # The network
+
+SINGLE_BLOCK = r"single_transformer_blocks\.\d+\."
+BLOCK = r"(single_)?transformer_blocks\.\d+\."
+"""How the names of layers in blocks begin."""
 
 
 class HunyuanVideoTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
@@ -162,6 +167,17 @@ class HunyuanVideoTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
     _supports_gradient_checkpointing = True
     _skip_layerwise_casting_patterns: ClassVar = ["x_embedder", "context_embedder", "norm"]
     _no_split_modules: ClassVar = ["DualStreamBlock", "SingleStreamBlock", "PatchEmbed", "TokenRefiner"]
+    layer_groups: ClassVar[dict[str, str]] = {
+        "attention": rf"{BLOCK}attn\.((to|add)_[qkv](_proj)?|to_out\.0|to_add_out)",
+        "mlp": rf"{BLOCK}(ff|ff_context)\.net\.(0\.proj|2)|{SINGLE_BLOCK}(proj_mlp|proj_out)",
+        "modulation": rf"{BLOCK}(norm|norm1|norm1_context)\.linear",
+        "refiner": r"context_embedder\..*",
+        "embedders": r"(x_embedder|time_text_embed)\..*",
+    }
+    """Patterns of the full names of linear layers, by what a LoRA's `targets` call them."""
+    zero_at_start: ClassVar[str] = r"(.*\.)?(norm|norm1|norm1_context|norm_out)\.linear|proj_out"
+    """Those that make shifts, scales, gates and the output: zero in an untrained network (adaLN-Zero, arXiv
+    2212.09748)."""
     _repeated_blocks: ClassVar = ["DualStreamBlock", "SingleStreamBlock"]
 
     @register_to_config
@@ -309,8 +325,14 @@ class HunyuanVideoTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
     def _embed(self, pack: Sequence[Branch], shapes: tuple[BranchShape, ...]) -> TwoStreams:
         timestep = torch.stack([branch.timestep for branch in pack])
         pooled = torch.stack([branch.pooled for branch in pack])
+        guidance = self._guidance(pack)
+        padding = padding_of(len(pack), pooled)
+        pooled = pad_rows(pooled, padding)
+        embedded = self.time_text_embed(
+            pad_rows(timestep, padding), pooled, None if guidance is None else pad_rows(guidance, padding)
+        )
         # every modulation begins with this SiLU
-        condition = part_condition = F.silu(self.time_text_embed(timestep, pooled, self._guidance(pack)))
+        condition = part_condition = F.silu(embedded)
         first_frame_apart = self.config.image_condition_type == "token_replace"
         if first_frame_apart:
             first_frames = F.silu(self.time_text_embed.of_first_frame(pooled))
@@ -353,7 +375,7 @@ class HunyuanVideoTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
 
     def _velocities(self, pack: OneStream, shapes: Sequence[BranchShape]) -> list[Tensor]:
         scale, shift = self.norm_out(pack.condition)  # this one layer has the scale first
-        rows = self.proj_out(modulated_norm(pack.video(), pack.layout.video, shift, scale))
+        rows = linear(self.proj_out, modulated_norm(pack.video(), pack.layout.video, shift, scale))
         return [
             self._unpatchify(part, shape)
             for part, shape in zip(ragged.split(rows, pack.layout.video), shapes, strict=True)

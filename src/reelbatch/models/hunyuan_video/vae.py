@@ -25,6 +25,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from reelbatch.device import trim_heap
+from reelbatch.models.linear import linear
 from reelbatch.tracing import run_tile, tracing
 
 
@@ -57,12 +58,12 @@ class FrameCausalAttnProcessor:
     ) -> Float[Tensor, "batch tokens channels"]:
         normed = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
         query, key, value = (
-            project(normed).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            linear(project, normed).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
             for project in (attn.to_q, attn.to_k, attn.to_v)
         )
         attended = frame_causal_attention(query, key, value, num_frames)
         projection, dropout = attn.to_out
-        return dropout(projection(attended.transpose(1, 2).flatten(2))) + hidden_states
+        return dropout(linear(projection, attended.transpose(1, 2).flatten(2))) + hidden_states
 
 
 class FrameCausalMidBlock3D(HunyuanVideoMidBlock3D):
@@ -143,9 +144,10 @@ def _trim(upsampler: HunyuanVideoUpsampleCausal3D, inputs: tuple[Tensor, ...]) -
 
 TILE_SIDE = 256
 """Pixels of the tiles that large frames are decoded in, as in Diffusers and in Tencent's own code."""
-WHOLE_PIXELS = 544 * 960
-"""Frames of up to so many pixels are decoded whole: the smaller of the model's two standard sizes. At 720 × 1280,
-tensors of a whole decode would have more than 2³¹ elements, which PyTorch's padding does not take on a GPU."""
+WHOLE_PIXELS = 432_000
+"""Frames of up to so many pixels are decoded whole: 480 × 864 is, 544 × 960 is not. The largest tensor of a decode, 17
+frames of 256 channels padded by 2 frames and by a pixel on each side, then has fewer than 2³¹ elements; kernels for
+convolution and padding on a GPU count in 32 bits."""
 
 
 class VideoDecoder:

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from reelbatch.models import layers
 from reelbatch.models.hunyuan_video import transformer as ours
-from reelbatch.repair.fix import CannotRepair, Fix, Undo, require_source
-from reelbatch.repair.reclass import reclass, reclass_all, stands_in
-from reelbatch.repair.step_cache import refuse_step_cache
+from reelbatch.repairs.fix import CannotRepair, Fix, Undo, require_source
+from reelbatch.repairs.reclass import reclass, reclass_all, stands_in
+from reelbatch.repairs.step_cache import refuse_step_cache
 
 
 class _NoProcessors:

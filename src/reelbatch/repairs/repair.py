@@ -8,9 +8,9 @@ from weakref import WeakSet
 
 from diffusers import HunyuanVideo15ImageToVideoPipeline, HunyuanVideo15Pipeline, HunyuanVideoPipeline
 
-from reelbatch.repair import hunyuan_video, hunyuan_video15
-from reelbatch.repair.fix import CannotRepair, Undo
-from reelbatch.repair.step_cache import refuse_step_cache
+from reelbatch.repairs import hunyuan_video, hunyuan_video15
+from reelbatch.repairs.fix import CannotRepair, Undo
+from reelbatch.repairs.step_cache import refuse_step_cache
 
 WRITTEN_FOR = "0.42.1"
 REPAIRS = {

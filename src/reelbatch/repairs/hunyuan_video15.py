@@ -25,7 +25,6 @@ from diffusers import (
 )
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
-from diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15 import HunyuanVideo15AttnBlock
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_hunyuan_video15 import (
@@ -41,10 +40,17 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from reelbatch.models.hunyuan_video.vae import frame_causal_attention
 from reelbatch.ragged import Lengths
-from reelbatch.repair.fix import CannotRepair, Fix, Undo, require_source
-from reelbatch.repair.reclass import reclass, stands_in
+from reelbatch.repairs.fix import CannotRepair, Fix, Undo, require_source
+from reelbatch.repairs.hunyuan_video15_pipeline import (
+    FrameCausalAttnBlock,
+    PromptMajorI2V,
+    PromptMajorT2V,
+    repair_pipeline,
+    repair_vae,
+    vae_blocks,
+)
+from reelbatch.repairs.reclass import reclass, stands_in
 
 TRANSFORMER_SOURCE = (
     (HunyuanVideo15Transformer3DModel, "forward", "6a119831862d5f463cc7b762d6321605401492c10a74f9cf8adf72dc1f9d343e"),
@@ -64,15 +70,6 @@ TRANSFORMER_SOURCE = (
     (Attention, "forward", "e6822ac3500626c7318b56f135752693a1222976154cbcc8c2e6b5f840d82b6b"),
     (AttnProcessor2_0, "__call__", "bf23ea5ae40404272695b752532af4cef782d7626168f17e9f0d6652a941dd67"),
 )
-VAE_SOURCE = (
-    (HunyuanVideo15AttnBlock, "forward", "17696850c92a2a8c61692e44bdcd2fe3b6dc7d1e96513dc3d31d9cea5195b647"),
-    (
-        HunyuanVideo15AttnBlock,
-        "prepare_causal_attention_mask",
-        "c5b15964ad957b87cfbc89dc6575835ab6ac47e0e8f41b180e0c3d2df1703997",
-    ),
-)
-ENCODE_PROMPT = "7c7dab5aa17c64949f39d4f9ebd1195d98f3126c526a92e92266865e11044e75"
 
 
 def faults(pipe: Any) -> list[Fix]:
@@ -96,7 +93,7 @@ def faults(pipe: Any) -> list[Fix]:
             )
         )
     if isinstance(vae, AutoencoderKLHunyuanVideo15) and not all(
-        isinstance(block, FrameCausalAttnBlock) for block in _vae_blocks(vae)
+        isinstance(block, FrameCausalAttnBlock) for block in vae_blocks(vae)
     ):
         found.append(
             Fix(
@@ -104,7 +101,7 @@ def faults(pipe: Any) -> list[Fix]:
                 "tokens × tokens row by row in Python.",
                 cure="The VAE's attention goes frame by frame over the frames so far, for any batch and with no mask.",
                 part=vae,
-                apply=partial(_repair_vae, vae),
+                apply=partial(repair_vae, vae),
             )
         )
     for pipeline, repaired in (
@@ -118,7 +115,7 @@ def faults(pipe: Any) -> list[Fix]:
                     "prompt; one negative prompt for several prompts raises.",
                     cure="Masks are repeated in the order of the embeddings, and one negative prompt serves them all.",
                     part=pipe,
-                    apply=partial(_repair_pipeline, pipe, pipeline, repaired),
+                    apply=partial(repair_pipeline, pipe, pipeline, repaired),
                 )
             )
     return found
@@ -360,80 +357,3 @@ def _exchange_processor(attn: Attention, expected: type, repaired: type) -> Undo
     vars(processor).update(vars(found))
     attn.set_processor(processor)
     return partial(attn.set_processor, found)
-
-
-# The VAE
-
-
-@stands_in
-class FrameCausalAttnBlock(HunyuanVideo15AttnBlock):
-    """`HunyuanVideo15AttnBlock` without its mask, for any batch."""
-
-    def forward(self, x: Float[Tensor, "batch channels frames height width"]) -> Tensor:
-        frames, height, width = x.shape[2:]
-        normed = self.norm(x)
-        query, key, value = (
-            # one head: [B, 1, tokens, channels]
-            project(normed).flatten(2).transpose(1, 2).unsqueeze(1).contiguous()
-            for project in (self.to_q, self.to_k, self.to_v)
-        )
-        attended = frame_causal_attention(query, key, value, frames).squeeze(1).transpose(1, 2)
-        return self.proj_out(attended.unflatten(2, (frames, height, width))) + x
-
-
-def _vae_blocks(vae: AutoencoderKLHunyuanVideo15) -> list[HunyuanVideo15AttnBlock]:
-    blocks = [*vae.encoder.mid_block.attentions, *vae.decoder.mid_block.attentions]
-    return [block for block in blocks if block is not None]
-
-
-def _repair_vae(vae: AutoencoderKLHunyuanVideo15) -> Undo:
-    require_source(VAE_SOURCE)
-    with ExitStack() as done:
-        for block in _vae_blocks(vae):
-            done.callback(reclass(block, FrameCausalAttnBlock))
-        return done.pop_all().close
-
-
-# The pipelines
-
-
-class PromptMajor:
-    """`encode_prompt` that lays masks out as it does embeddings: all videos of the first prompt, then of the second."""
-
-    def encode_prompt(
-        self,
-        prompt: str | list[str] | None,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        batch_size: int = 1,
-        num_videos_per_prompt: int = 1,
-        prompt_embeds: Tensor | None = None,
-        prompt_embeds_mask: Tensor | None = None,
-        prompt_embeds_2: Tensor | None = None,
-        prompt_embeds_mask_2: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Embeddings [B, N, D] and mask [B, N], then those of the glyphs; B is prompts × videos per prompt.
-
-        Args:
-            prompt: one string serves all `batch_size` prompts.
-        """
-        if isinstance(prompt, str):
-            prompt = [prompt] * batch_size
-        given = prompt_embeds, prompt_embeds_mask, prompt_embeds_2, prompt_embeds_mask_2
-        encoded = super().encode_prompt(prompt, device, dtype, batch_size, 1, *given)  # type: ignore[misc]
-        return tuple(x.repeat_interleave(num_videos_per_prompt, dim=0) for x in encoded)
-
-
-@stands_in
-class PromptMajorT2V(PromptMajor, HunyuanVideo15Pipeline):
-    """`HunyuanVideo15Pipeline` with the repaired `encode_prompt`."""
-
-
-@stands_in
-class PromptMajorI2V(PromptMajor, HunyuanVideo15ImageToVideoPipeline):
-    """`HunyuanVideo15ImageToVideoPipeline` with the repaired `encode_prompt`."""
-
-
-def _repair_pipeline(pipe: Any, pipeline: type, repaired: type) -> Undo:
-    require_source([(pipeline, "encode_prompt", ENCODE_PROMPT)])
-    return reclass(pipe, repaired)

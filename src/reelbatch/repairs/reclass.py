@@ -8,7 +8,7 @@ from functools import partial
 from types import MethodType
 from typing import Any, TypeVar
 
-from reelbatch.repair.fix import CannotRepair, Undo
+from reelbatch.repairs.fix import CannotRepair, Undo
 
 Class = TypeVar("Class", bound=type)
 

@@ -42,29 +42,29 @@ def doctor(
     """Show what this machine has: versions, device, memory, and the attention kernel that is chosen, and why."""
     from reelbatch.doctor import examine
 
-    found = examine(device, dtype)
+    machine = examine(device, dtype)
     if as_json:
-        typer.echo(json.dumps(found))
+        typer.echo(json.dumps(machine))
         return
-    _show_machine(found)
+    _show_machine(machine)
 
 
-def _show_machine(found: dict[str, Any]) -> None:
+def _show_machine(report: dict[str, Any]) -> None:
     from rich.table import Table
 
     answer = Console()
-    for name, value in found["machine"].items():
+    for name, value in report["machine"].items():
         answer.print(f"{name:<14} {value}", highlight=False, markup=False, soft_wrap=True)
-    chosen = Table("attention with", "kernel", "why", title=f"chosen on {found['device']} in {found['dtype']}")
-    for kind, choice in found["chosen"].items():
+    chosen = Table("attention with", "kernel", "why", title=f"chosen on {report['device']} in {report['dtype']}")
+    for kind, choice in report["chosen"].items():
         chosen.add_row(kind, choice["backend"], choice["why"])
     answer.print(chosen)
     backends = Table("--attention", "what it is", "cannot here")
-    for backend in found["backends"]:
+    for backend in report["backends"]:
         refused = "; ".join(f"{kind}: {why}" for kind, why in backend["refuses"].items())
         backends.add_row(backend["name"], backend["what"], backend["never"] or refused or "")
     answer.print(backends)
-    answer.print(f"attention rules: {', '.join(found['rules'])}", highlight=False)
+    answer.print(f"attention rules: {', '.join(report['rules'])}", highlight=False)
 
 
 def _info_record(info: ModelInfo, device: str, dtype: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from reelbatch.repair.fix import CannotRepair
+from reelbatch.repairs.fix import CannotRepair
 
 
 def refuse_step_cache(transformer: nn.Module | None) -> None:

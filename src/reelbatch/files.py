@@ -1,0 +1,43 @@
+"""Files that are whole or not there: written under another name, then renamed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+PART = ".part"
+"""Ending of files that are not whole yet."""
+
+
+@contextmanager
+def aside(path: Path, folder: Path | None = None) -> Iterator[Path]:
+    """A file to write to, put in `path`'s place when all went well and removed when not.
+
+    folder: where it is, on the same file system; `path`'s own by default.
+    """
+    part = (folder or path.parent) / f".{secrets.token_hex(8)}{PART}"
+    try:
+        yield part
+        sync(part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Until the disk has it: a file, or the names in a folder."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:  # folders cannot be opened on Windows
+        return
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that cannot do it
+            raise
+    finally:
+        os.close(handle)

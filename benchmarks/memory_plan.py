@@ -2,7 +2,7 @@
 
     python benchmarks/memory_plan.py                 # the 30 cases, about twenty minutes on two cores
     python benchmarks/memory_plan.py --every 3       # every third of them
-    python benchmarks/memory_plan.py --repeat 3      # each three times, to see how far the measured peak itself varies
+    python benchmarks/memory_plan.py --repeat 3      # each three times, to see how far measured peaks vary
 
 Every case is a process of its own: an engine is opened and makes a batch of videos in two steps, with prompts as long as
 are read, which is what estimates are for. Measured is the peak resident set of the process in each phase, less what was
@@ -237,7 +237,7 @@ def report(results: list[Result]) -> str:
 
 Peak resident memory of a process above what is resident once everything is imported: weights, activations, and what
 libraries and the C allocator take. Estimates are traces of the networks from their configurations alone, with one margin
-for all of them. Error: estimate over measured, less 1. {len({result.case for result in results})} batches.
+for all. Error: estimate over measured, less 1. {len({result.case for result in results})} batches.
 
 {chr(10).join(spans)}
 

@@ -63,7 +63,7 @@ class _Trace(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = tree_map_only(Tensor, self._input, (args, kwargs or {}))
-        convolution = args[:2] if func is torch.ops.aten.convolution.default else None
+        convolution: Any = args[:2] if func is torch.ops.aten.convolution.default else None
         if func is torch.ops.aten.mkldnn_convolution.default:  # has no kernel for fake tensors
             convolution, (padding, stride, dilation, groups) = args[:2], args[3:]
             func = partial(torch.ops.aten.convolution.default, *args[:3], stride, padding, dilation, False)
@@ -156,7 +156,7 @@ def tracing() -> bool:
 def run_block(block: nn.Module, packs: list[R]) -> list[R]:
     """`block(packs)`, for blocks whose output takes as much as their input. A trace runs one of equal ones."""
     if _thread.trace is None:
-        return block(packs)  # type: ignore[no-any-return]
+        return block(packs)
     alike = type(block), tuple((name, weight.shape, weight.dtype) for name, weight in block.named_parameters())
     return _thread.trace.run(alike, lambda: block(packs), lambda _: packs)
 
@@ -187,7 +187,7 @@ class Cached(Generic[P, R]):
         results, key = _thread.trace.results, (self, args, tuple(kwargs.items()))
         if key not in results:
             results[key] = self._function(*args, **kwargs)
-        return results[key]  # type: ignore[no-any-return]
+        return results[key]
 
 
 def cached(maxsize: int) -> Callable[[Callable[P, R]], Cached[P, R]]:

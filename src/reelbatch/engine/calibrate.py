@@ -66,7 +66,7 @@ def measure(folder: Path, device: torch.device, dtype: str) -> list[Peaks]:
 
     engine.subscribe(listen)
     videos = small_videos(engine.limits)
-    results = []
+    results: list[Peaks] = []
     for request in [videos[0], *videos]:  # the first time, libraries are brought in
         tidy(device)
         peaks.clear()

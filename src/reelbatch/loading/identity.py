@@ -14,7 +14,7 @@ from reelbatch.versions import versions
 
 
 class Identity(BaseModel):
-    """All that a measurement depends on besides the code. shapes: in words, as `tune.workload.shape_class` gives them."""
+    """All that a measurement depends on. shapes: in words, as `tune.workload.shape_class` gives them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -25,7 +25,7 @@ from reelbatch.cli.common import (
     say,
     warnings_as_lines,
 )
-from reelbatch.cli.options import AttentionOption, DeviceOption, ModelOption
+from reelbatch.cli.options import AttentionOption, Device, Dtype, Model
 
 if TYPE_CHECKING:
     from reelbatch.loading.inspection import ModelInfo
@@ -57,9 +57,9 @@ def tune(
         float | None,
         typer.Option(help="Classifier-free guidance scale; above 1, a step costs two.", rich_help_panel=MEASURED),
     ] = None,
-    model: ModelOption = "demo",
-    device: DeviceOption = "auto",
-    dtype: Annotated[str, typer.Option(help="As `generate` takes it.", rich_help_panel=ENGINE)] = "auto",
+    model: Model = "demo",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     dtypes: Annotated[
         str | None,
         typer.Option(

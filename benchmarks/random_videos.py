@@ -160,12 +160,13 @@ def run_round(side: Side, rng: random.Random, first: int, counts: Counter[str]) 
     model = side.offloaded if rng.random() < 0.2 else side.batched
     if model is side.batched:
         move_weights(model, 4 * rng.randrange(16))
-    share = rng.choice([0.0, 0.0, 0.05, 0.2])
+    limited = rng.random() < 0.2
+    share = 0.0 if limited else rng.choice([0.0, 0.0, 0.05, 0.2])  # estimates run the networks, too
     options: dict[str, Any] = {
         "max_batch_size": rng.randint(1, 6),
         "max_batch_tokens": rng.choice([None, 200, 1000]),
         "decode_beside": rng.choice([0, 2]),
-        "max_memory": held_bytes(CPU) + rng.choice([256, 512]) * 2**20 if rng.random() < 0.2 else None,
+        "max_memory": held_bytes(CPU) + rng.choice([256, 512]) * 2**20 if limited else None,
     }
     engine = Engine(model, keep_latents=True, keep_pixels=True, **options)
     joins = {request.id: rng.choice([0, 0, 1, 3]) for request in requests}

@@ -17,10 +17,17 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
-ModelOption = Annotated[
+Model = Annotated[
     str, typer.Option(help="demo, a folder in the Diffusers layout, or a hub id.", rich_help_panel=ENGINE)
 ]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N.", rich_help_panel=ENGINE)]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N.", rich_help_panel=ENGINE)]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="auto, float32, bfloat16, float16, int8 (8-bit weights), or transformer=…,vae=…,text=….",
+        rich_help_panel=ENGINE,
+    ),
+]
 AttentionOption = Annotated[
     str, typer.Option(help="Attention kernel: auto, or a name that `doctor` shows.", rich_help_panel=ENGINE)
 ]
@@ -89,15 +96,9 @@ class RequestOptions:
 class EngineOptions:
     """How an engine is opened and runs, and how often its state is saved."""
 
-    model: ModelOption = "demo"
-    device: DeviceOption = "auto"
-    dtype: Annotated[
-        str,
-        typer.Option(
-            help="auto, float32, bfloat16, float16, int8 (8-bit weights), or transformer=…,vae=…,text=….",
-            rich_help_panel=ENGINE,
-        ),
-    ] = "auto"
+    model: Model = "demo"
+    device: Device = "auto"
+    dtype: Dtype = "auto"
     isolation: Annotated[
         Literal["exact", "packed"],
         typer.Option(

@@ -62,8 +62,7 @@ class Engine:
         **options: Any,
     ) -> None:
         self.config = EngineConfig.of(**{**(vars(config) if config else {}), **options})
-        setting = Setting(model.device.type, model.family.dtype, "none")
-        choose(setting, self.config.attention)
+        choose(Setting.on(model.device, model.family.dtype, "none"), self.config.attention)
         model.family.set_attention_backend(self.config.attention)
         self.model, self.calibration = model, calibration
         self.isolation, self.max_memory = self.config.isolation, self.config.max_memory

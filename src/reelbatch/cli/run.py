@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from reelbatch.jobs.naming import Naming
     from reelbatch.jobs.outlook import Measured
     from reelbatch.jobs.worker import Outcome
-    from reelbatch.loading.identity import Identity
     from reelbatch.loading.inspection import ModelInfo
+    from reelbatch.memory.identity import Identity
     from reelbatch.request import VideoRequest
 
 WORDS_SHOWN = 20

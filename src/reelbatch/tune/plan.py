@@ -15,6 +15,7 @@ import torch
 from reelbatch.device import choose_device, device_memory_bytes, gibibytes, held_bytes
 from reelbatch.engine.planner import Isolation
 from reelbatch.loading.hub import DEMO_FOLDER, REAL_MODEL, model_name
+from reelbatch.loading.identity import any_shape
 from reelbatch.loading.precision import Precision
 from reelbatch.loading.skeleton import from_folder, hunyuanvideo_13b
 from reelbatch.memory.calibration import Calibration, find
@@ -206,7 +207,7 @@ def _stored(model: str, planned: Planned, device: str, precision: Precision) -> 
         choose_device(device)
     except ValueError:
         return None, None
-    return find(_model_folder(model), planned.name, planned.device, precision)
+    return find(any_shape(_model_folder(model), planned.name, planned.device, precision))
 
 
 def open_model(model: str, device: torch.device) -> Planned:

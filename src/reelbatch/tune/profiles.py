@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from reelbatch.device import cache_folder, choose_device
 from reelbatch.engine.planner import Isolation
-from reelbatch.loading.identity import Identity, described, identity
+from reelbatch.loading.identity import described, identity
+from reelbatch.memory.identity import Identity
 from reelbatch.memory.placement import Offload
 from reelbatch.versions import versions
 

@@ -14,13 +14,14 @@ import torch
 from reelbatch.device import choose_device, device_memory_bytes, free_memory, gibibytes, held_bytes
 from reelbatch.engine.config import EngineConfig
 from reelbatch.loading.hub import ModelFolderError
-from reelbatch.loading.identity import Identity, identity
+from reelbatch.loading.identity import identity
 from reelbatch.loading.inspection import ModelInfo
 from reelbatch.loading.load import load
 from reelbatch.loading.model import Model
 from reelbatch.loading.precision import Precision
 from reelbatch.loading.skeleton import from_folder
 from reelbatch.memory.estimate import Estimator
+from reelbatch.memory.identity import Identity
 from reelbatch.memory.placement import Offload, check_offload, offloads
 from reelbatch.tune.choose import NO_LIMITS, Limits
 from reelbatch.tune.gauges import Neighbours

@@ -9,7 +9,7 @@ import pytest
 from reelbatch.loading.inspection import ModelInfo, inspect
 from reelbatch.loading.load import load
 from reelbatch.loading.model import Model
-from reelbatch.tune import profiles, sweep
+from reelbatch.tune import baseline, comparison, profiles, repeats
 
 
 @pytest.fixture(scope="module")
@@ -18,15 +18,15 @@ def info(tiny_folder: Path) -> ModelInfo:
 
 
 @pytest.fixture(scope="module")
-def components(tiny_folder: Path) -> Model:
+def model(tiny_folder: Path) -> Model:
     return load(tiny_folder, "cpu", "float32")
 
 
 @pytest.fixture(autouse=True)
 def _few_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "MOST_REPEATS", 3)
-    monkeypatch.setattr(sweep, "COMPARED", ((2, 1.0), (1, 0.0)))
-    monkeypatch.setattr(sweep, "matrix_rate", lambda *_: 1e11)
+    monkeypatch.setattr(repeats, "MOST_REPEATS", 3)
+    monkeypatch.setattr(comparison, "COMPARED", ((2, 1.0), (1, 0.0)))
+    monkeypatch.setattr(baseline, "matrix_rate", lambda *_: 1e11)
 
 
 @pytest.fixture

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 
 import pytest
-from tuning import AMPLE, call, profile, small
+from tuning import AMPLE, CPU, call, profile, small
 from typer.testing import CliRunner
 
 from reelbatch.cli import app
 from reelbatch.loading.inspection import ModelInfo
-from reelbatch.tune import profiles, run, sweep
+from reelbatch.tune import bench, profiles, run
 
 
 def test_tune_measures_keeps_and_generate_takes_it(tiny_folder: Path, here: Path) -> None:
@@ -69,10 +70,28 @@ def test_tune_takes_a_prompt_file_and_several_dtypes(tiny_folder: Path, here: Pa
 def test_other_dtypes_alone_are_compared_with_fp32_all_the_same(
     info: ModelInfo, cache: Path, tiny_folder: Path
 ) -> None:
-    found = run.tune(info, [small(info, 1)], dtypes=["bf16"], against_fp32=True, budget=AMPLE, largest=1, keep=False)
+    found = run.Tuning(
+        info, [small(info, 1)], CPU, dtypes=["bf16"], against_fp32=True, budget=AMPLE, largest=1, keep=False
+    ).run()
     (point,) = found.sweeps[0].points
     assert point.quality.against == "float32 alone"
     assert not profiles.stored()
+
+
+def test_a_model_is_let_go_before_the_next_is_loaded(
+    info: ModelInfo, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, loaded = run.load, []
+
+    def watched(*given, **options):
+        assert [model() for model in loaded] == [None] * len(loaded)
+        model = load(*given, **options)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(run, "load", watched)
+    run.Tuning(info, [small(info, 1)], CPU, dtypes=["fp32", "bf16"], budget=AMPLE, largest=1, keep=False).run()
+    assert len(loaded) == 2
 
 
 def test_ctrl_c_leaves_what_was_measured_and_stores_nothing(
@@ -80,14 +99,14 @@ def test_ctrl_c_leaves_what_was_measured_and_stores_nothing(
 ) -> None:
     import signal
 
-    say = sweep.Sweep._say
+    say = bench.Bench.say
 
     def stopping(self, text, left=None, at_most=False, done=False):
         say(self, text, left, at_most, done)
         if done:
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(sweep.Sweep, "_say", stopping)
+    monkeypatch.setattr(bench.Bench, "say", stopping)
     result = call("tune", "--model", tiny_folder, "--budget", f"{AMPLE}s", "--out", "t")
     assert result.exit_code == 130
     assert "stopped; this is what was measured until then, and no profile was stored" in result.stderr

@@ -14,15 +14,10 @@ from tuning import little_memory, request
 
 from reelbatch.loading.inspection import ModelInfo
 from reelbatch.loading.model import Model
+from reelbatch.memory.gauge import memory_of
 from reelbatch.tune import gauges, workload
-from reelbatch.tune.measure import (
-    DoesNotFit,
-    Repeat,
-    Spread,
-    extrapolate,
-    is_steady,
-    observe,
-)
+from reelbatch.tune.figures import Repeat, Spread, extrapolate, is_steady
+from reelbatch.tune.measure import DoesNotFit, observe
 
 
 def test_a_full_run_is_text_and_all_steps_and_the_decoding_of_each() -> None:
@@ -66,7 +61,7 @@ def test_a_median_is_steady_when_more_repeats_would_hardly_move_it() -> None:
 
 
 def test_the_resident_set_sees_a_peak_that_is_gone() -> None:
-    memory = gauges.memory_of(torch.device("cpu"))
+    memory = memory_of(torch.device("cpu"))
     memory.reset()
     before = memory.used()
     torch.ones(2**26).sum()  # 256 MiB
@@ -87,7 +82,7 @@ def test_the_processors_energy_counts_on_over_a_wrap(tmp_path: Path) -> None:
 
 def test_work_of_our_own_is_not_that_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
     times = psutil.cpu_times()
-    others = gauges.Others()
+    others = gauges.Neighbours()
     monkeypatch.setattr(others, "_started", time.perf_counter() - 10.0)
     monkeypatch.setattr(psutil, "cpu_times", lambda: times._replace(user=times.user + 1e6))
     assert others.cores() == pytest.approx(1e5, rel=0.1)
@@ -101,27 +96,71 @@ def test_the_matrix_rate_is_that_of_some_machine() -> None:
 
 def test_flops_are_those_of_the_matrix_products() -> None:
     layer = torch.nn.Linear(32, 64, bias=False)
-    with gauges.counting(layer) as flops, torch.no_grad():
+    with gauges.counting([layer]) as flops, torch.no_grad():
         layer(torch.ones(10, 32))
         assert flops() == 2 * 10 * 32 * 64
 
 
-def test_a_run_tells_its_steps_its_decoding_and_its_videos(components: Model, info: ModelInfo) -> None:
+def test_a_run_tells_its_steps_its_decoding_and_its_videos(model: Model, info: ModelInfo) -> None:
     requests = workload.of_shape(info, {}, 4).take(3)
-    seen = observe(components, requests, "packed", 3)
+    seen = observe(model, requests, "packed", 3)
     assert len(seen.steps) == 3
     assert set(seen.decodes) == set(seen.videos) == {"0", "1", "2"}
     assert 0 < seen.first < seen.last <= seen.seconds
-    few = observe(components, requests, "exact", 3, only_steps=2)
+    few = observe(model, requests, "exact", 3, only_steps=2)
     assert len(few.steps) == 2
     assert not few.videos
 
 
 def test_a_batch_that_the_engine_had_to_divide_does_not_count(
-    components: Model, info: ModelInfo, monkeypatch: pytest.MonkeyPatch
+    model: Model, info: ModelInfo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    little_memory(components, 2, monkeypatch)
+    little_memory(model, 2, monkeypatch)
     requests = workload.of_shape(info, {}, 4).take(4)
     with pytest.raises(DoesNotFit, match="in 3 parts"):
-        observe(components, requests, "exact", 4)
-    observe(components, requests[:2], "exact", 2)
+        observe(model, requests, "exact", 4)
+    observe(model, requests[:2], "exact", 2)
+
+
+class Scripted:
+    """A gauge that reads what it is given, one peak after the other."""
+
+    what = "a script"
+
+    def __init__(self, used: int, peaks: list[int]) -> None:
+        self._used, self._peaks = used, iter(peaks)
+
+    def used(self) -> int:
+        return self._used
+
+    def reset(self) -> None: ...
+
+    def peak(self) -> int:
+        return next(self._peaks)
+
+
+def test_peaks_are_those_of_each_phase_above_what_was_held(model: Model, info: ModelInfo) -> None:
+    requests = workload.of_shape(info, {}, 4).take(2)
+    gauge = Scripted(1000, [1010, 1020, *(1300, 1200, 1100), 1050, 1070])  # two texts, three steps, two decodings
+    trace = observe(model, requests, "exact", 2, gauge=gauge)
+    assert trace.peaks == {"text": 20, "step": 300, "decode": 70}
+
+
+def test_a_run_in_which_memory_ran_out_anywhere_does_not_count(
+    model: Model, info: ModelInfo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine makes the video all the same; what that took says nothing of a run with enough memory."""
+    decode, calls = model.family.decode, 0
+
+    def short(*given):
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decode(*given)
+
+    monkeypatch.setattr(model.family, "decode", short)
+    (one,) = workload.of_shape(info, {}, 1).take(1)
+    with pytest.raises(DoesNotFit, match=r"memory ran out in decoding of 0, which was tried again after memory was"):
+        observe(model, [one], "exact", 1)
+    assert calls == 2

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from tuning import call, profile
 
+from reelbatch.device import cache_folder
+from reelbatch.loading.hashing import weights_hash
 from reelbatch.loading.inspection import inspect
 from reelbatch.tune import profiles
 
@@ -48,7 +50,7 @@ def test_a_stale_or_foreign_profile_is_refused_with_the_reason(
     if "versions" in change or "device" in change:
         kept = profiles.stored()[0][1]
         assert profiles.stale(kept)
-        assert profiles.stale_in_short(kept)
+        assert profiles.stale(kept, brief=True)
     assert "run `reelbatch tune`" in line
 
 
@@ -90,21 +92,21 @@ def test_a_mix_takes_the_smallest_batch_of_its_shapes_if_all_are_known(cache: Pa
 def test_other_weights_have_another_hash(tiny_folder: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(tiny_folder, copy)
-    before = profiles.weights_hash(copy)
-    assert before == profiles.weights_hash(tiny_folder)
+    before = weights_hash(copy)
+    assert before == weights_hash(tiny_folder)
     weights = copy / "transformer" / "diffusion_pytorch_model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    assert profiles.weights_hash(copy) != before
+    assert weights_hash(copy) != before
 
 
 def test_the_cache_folder_is_the_users_unless_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("REELBATCH_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert profiles.cache_folder().name == "reelbatch"
+    assert cache_folder().name == "reelbatch"
     monkeypatch.setenv("REELBATCH_CACHE", str(tmp_path / "mine"))
-    assert profiles.cache_folder() == tmp_path / "mine"
+    assert cache_folder() == tmp_path / "mine"
 
 
 def test_a_profile_of_before_there_was_offload_is_read_and_a_mix_takes_what_fits_all(

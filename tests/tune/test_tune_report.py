@@ -13,13 +13,10 @@ from tuning import GIB
 
 from reelbatch.tune import report
 from reelbatch.tune.choose import choose
-from reelbatch.tune.measure import (
-    MemorySplit,
-    Point,
-    Spread,
-)
+from reelbatch.tune.figures import MemorySplit, Point, Spread
 from reelbatch.tune.quality import Quality
-from reelbatch.tune.sweep import Check, Swept
+from reelbatch.tune.results import Check, SweepResult
+from reelbatch.tune.write import write
 
 
 def made_up(batch: int, isolation: str = "exact", rate: float = 1000.0, **fields) -> Point:
@@ -33,20 +30,20 @@ def made_up(batch: int, isolation: str = "exact", rate: float = 1000.0, **fields
     return replace(base, **fields)
 
 
-def shown(*sweeps: Swept, **fields) -> report.Report:
+def shown(*sweeps: SweepResult, **fields) -> report.Report:
     found = tuple(sweeps) or (made_up_sweep(),)
     return report.Report(
         "demo", "0" * 64, "cpu: a <processor>", {"torch": "2"}, "auto", "2026-11-22", 90.0, 80.0, found, **fields
     )
 
 
-def made_up_sweep(dtype: str = "float32", scale: float = 1.0, **fields) -> Swept:
+def made_up_sweep(dtype: str = "float32", scale: float = 1.0, **fields) -> SweepResult:
     points = tuple(
         replace(made_up(batch, isolation, rate * scale), dtype=dtype)
         for isolation, rates_ in (("exact", {1: 1000, 2: 1500, 4: 1600, 8: 1610}), ("packed", {2: 1550, 4: 1700}))
         for batch, rate in rates_.items()
     )
-    base = Swept(
+    base = SweepResult(
         "64×64, 9 frames, 20 steps", "64×64×9", dtype, points, choose(points), None,
         Check(4, "exact", 2.0, 2.1, 2), 6e10, 16 * GIB, "resident set", 20, 3, 40.0, False, ("exact: stopped at 8",),
     )  # fmt: skip
@@ -54,7 +51,7 @@ def made_up_sweep(dtype: str = "float32", scale: float = 1.0, **fields) -> Swept
 
 
 def test_the_page_says_what_to_choose_and_needs_nothing_from_elsewhere(tmp_path: Path) -> None:
-    files = report.write(shown(), tmp_path / "o")
+    files = write(shown(), tmp_path / "o")
     page = files["html"].read_text(encoding="utf-8")
     assert "Use batch size 4, exact isolation" in page
     assert "1.60 times the throughput of one alone" in page
@@ -80,7 +77,7 @@ def test_several_dtypes_stand_in_one_table_with_speed_against_quality(tmp_path: 
     assert "bfloat16 gives 2.00 times the videos an hour of float32" in text
     assert "from float32 alone" in text
     assert "…" not in text
-    page = report.write(found, tmp_path)["html"].read_text(encoding="utf-8")
+    page = write(found, tmp_path)["html"].read_text(encoding="utf-8")
     assert page.count("Use batch size 4, exact isolation") == 2
     assert page.count("<svg") == 4
 
@@ -96,7 +93,7 @@ def test_a_table_fits_eighty_columns(tmp_path: Path) -> None:
 
 def test_nothing_measured_no_choice_and_an_unquiet_machine_are_shown_as_such(tmp_path: Path) -> None:
     nothing = made_up_sweep(points=(), choice=None, why_none="nothing was measured", check=None, interrupted=True)
-    page = report.write(shown(nothing, interrupted=True), tmp_path)["html"].read_text(encoding="utf-8")
+    page = write(shown(nothing, interrupted=True), tmp_path)["html"].read_text(encoding="utf-8")
     assert "No batch size fits" in page
     assert "Stopped by hand" in page
     wild = made_up_sweep(points=(replace(made_up(1), spread=Spread(3.6, 2.0, 9.0, 5)),))

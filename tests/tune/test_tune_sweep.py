@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
-from tuning import AMPLE, GIB, little_memory, request, small
+from tuning import AMPLE, CPU, GIB, little_memory, request, small
 
 from reelbatch.loading.inspection import ModelInfo
 from reelbatch.loading.model import Model
@@ -17,11 +17,10 @@ from reelbatch.loading.skeleton import hunyuanvideo_13b
 from reelbatch.memory.estimate import Estimator
 from reelbatch.tune import profiles, report, run, workload
 from reelbatch.tune.choose import Limits
-from reelbatch.tune.measure import (
-    Stopped,
-    observe,
-)
-from reelbatch.tune.sweep import News, Sweep
+from reelbatch.tune.measure import Stopped, observe
+from reelbatch.tune.results import Update
+from reelbatch.tune.sweep import Sweep
+from reelbatch.tune.write import write
 
 
 class Clock:
@@ -35,8 +34,8 @@ class Clock:
         return self.now
 
 
-def test_a_sweep_measures_both_isolations_and_exact_is_equal_to_the_bit(components: Model, info: ModelInfo) -> None:
-    swept = Sweep(components, small(info), budget=1000, largest=3, clock=Clock()).run()
+def test_a_sweep_measures_both_isolations_and_exact_is_equal_to_the_bit(model: Model, info: ModelInfo) -> None:
+    swept = Sweep(model, small(info), budget=1000, largest=3, clock=Clock()).run()
     keys = {(p.isolation, p.batch) for p in swept.points}
     assert {("exact", 1), ("exact", 2), ("packed", 2)} <= keys
     assert ("packed", 1) not in keys
@@ -59,8 +58,8 @@ def test_a_sweep_measures_both_isolations_and_exact_is_equal_to_the_bit(componen
     assert swept.check.error == pytest.approx(swept.check.promised / swept.check.took - 1)
 
 
-def test_growing_stops_before_the_memory_limit(components: Model, info: ModelInfo) -> None:
-    found = Sweep(components, small(info), budget=1000, largest=8, memory_limit=2**20, clock=Clock()).run()
+def test_growing_stops_before_the_memory_limit(model: Model, info: ModelInfo) -> None:
+    found = Sweep(model, small(info), budget=1000, largest=8, memory_limit=2**20, clock=Clock()).run()
     assert {p.batch for p in found.points} == {1}
     assert found.choice.batch == 1
     assert any(
@@ -69,75 +68,75 @@ def test_growing_stops_before_the_memory_limit(components: Model, info: ModelInf
 
 
 def test_growing_stops_where_memory_ran_out_and_lives(
-    components: Model, info: ModelInfo, monkeypatch: pytest.MonkeyPatch
+    model: Model, info: ModelInfo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    little_memory(components, 2, monkeypatch)
-    found = Sweep(components, small(info), budget=1000, largest=8, clock=Clock()).run()
+    little_memory(model, 2, monkeypatch)
+    found = Sweep(model, small(info), budget=1000, largest=8, clock=Clock()).run()
     assert {p.batch for p in found.points} == {1, 2}
     assert any("stopped before 3: memory ran out" in note for note in found.notes)
 
 
 def test_a_model_of_which_not_one_video_fits_is_said_to_be_so(
-    components: Model, info: ModelInfo, monkeypatch: pytest.MonkeyPatch
+    model: Model, info: ModelInfo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    little_memory(components, 0, monkeypatch)
+    little_memory(model, 0, monkeypatch)
     with pytest.raises(MemoryError, match="not even one video fits"):
-        Sweep(components, small(info), budget=10).run()
+        Sweep(model, small(info), budget=10).run()
 
 
-def test_the_budget_is_kept_and_one_alone_is_measured_whatever_it_is(components: Model, info: ModelInfo) -> None:
+def test_the_budget_is_kept_and_one_alone_is_measured_whatever_it_is(model: Model, info: ModelInfo) -> None:
     clock = Clock()
-    told: list[News] = []
+    told: list[Update] = []
 
-    def tell(news: News) -> None:
-        told.append(news)
+    def tell(update: Update) -> None:
+        told.append(update)
         clock.now += 1.0
 
-    found = Sweep(components, small(info, 32), budget=12, largest=32, tell=tell, clock=clock).run()
+    found = Sweep(model, small(info, 32), budget=12, largest=32, on_update=tell, clock=clock).run()
     assert found.points
     assert clock.now < 12 + 4
     assert any("--budget" in note for note in found.notes)
-    assert all(0 <= news.left <= 12 for news in told if news.at_most)
-    late = Sweep(components, small(info), budget=1, clock=Clock(10.0)).run()
+    assert all(0 <= update.left <= 12 for update in told if update.at_most)
+    late = Sweep(model, small(info), budget=1, clock=Clock(10.0)).run()
     assert [p.batch for p in late.points] == [1]
     assert late.choice.why.startswith("no larger batch was measured")
 
 
 def test_on_the_cpu_the_writing_of_files_is_part_of_what_a_video_takes(
-    components: Model, info: ModelInfo, monkeypatch: pytest.MonkeyPatch
+    model: Model, info: ModelInfo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("reelbatch.tune.sweep.write_seconds", lambda _: 100.0)
-    found = Sweep(components, small(info), budget=1000, largest=2, clock=Clock()).run()
+    monkeypatch.setattr("reelbatch.tune.comparison.write_seconds", lambda _: 100.0)
+    found = Sweep(model, small(info), budget=1000, largest=2, clock=Clock()).run()
     assert all(100 < point.seconds_per_video < 200 for point in found.points)
     assert all(point.last_video_seconds < 100 for point in found.points)
 
 
-def test_a_limit_of_latency_ends_the_growing(components: Model, info: ModelInfo) -> None:
-    found = Sweep(components, small(info), budget=10, limits=Limits(max_latency=1e-6), clock=Clock()).run()
+def test_a_limit_of_latency_ends_the_growing(model: Model, info: ModelInfo) -> None:
+    found = Sweep(model, small(info), budget=10, limits=Limits(max_latency=1e-6), clock=Clock()).run()
     assert {p.batch for p in found.points} == {1}
     assert found.choice is None
     assert "--max-latency is 1e-06 s" in found.why_none
 
 
-def test_what_was_measured_is_kept_when_a_person_stops(components: Model, info: ModelInfo) -> None:
+def test_what_was_measured_is_kept_when_a_person_stops(model: Model, info: ModelInfo) -> None:
     stop = False
 
-    def tell(news: News) -> None:
+    def tell(update: Update) -> None:
         nonlocal stop
-        stop |= news.done and "batch size 2, packed" in news.text
+        stop |= update.done and "batch size 2, packed" in update.text
 
-    found = Sweep(components, small(info), budget=1000, tell=tell, stopping=lambda: stop, clock=Clock()).run()
+    found = Sweep(model, small(info), budget=1000, on_update=tell, stopping=lambda: stop, clock=Clock()).run()
     assert found.interrupted
     assert {(p.isolation, p.batch) for p in found.points} == {("exact", 1), ("exact", 2), ("packed", 2)}
     assert found.choice is not None
     with pytest.raises(Stopped):
-        observe(components, small(info).take(1), "exact", 1, stopping=lambda: True)
+        observe(model, small(info).take(1), "exact", 1, stopping=lambda: True)
 
 
-def test_a_mix_of_shapes_and_steps_is_measured_as_it_is(components: Model, info: ModelInfo) -> None:
+def test_a_mix_of_shapes_and_steps_is_measured_as_it_is(model: Model, info: ModelInfo) -> None:
     requests = [request(frames=5, steps=2), request(frames=9, steps=4), request(frames=5, steps=4, width=48)]
     mix = workload.of_mix([r.for_model(info.limits) for r in requests], "p.csv")
-    found = Sweep(components, mix, budget=1000, largest=2, clock=Clock()).run()
+    found = Sweep(model, mix, budget=1000, largest=2, clock=Clock()).run()
     assert {p.batch for p in found.points} == {1, 2}
     assert all(p.quality.equal for p in found.points if p.isolation == "exact" and p.quality)
 
@@ -145,15 +144,18 @@ def test_a_mix_of_shapes_and_steps_is_measured_as_it_is(components: Model, info:
 def test_the_first_offload_that_fits_by_the_plans_estimate_is_taken(
     info: ModelInfo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    skeleton, estimators = functools.cache(hunyuanvideo_13b), functools.cache(Estimator)  # so that each is traced once
-    monkeypatch.setattr(run, "from_folder", lambda folder, dtype, device: skeleton(dtype, device))
-    monkeypatch.setattr(run, "Estimator", estimators)
-    asked = [workload.Workload("w", "s", (request(height=544, width=960, frames=97, vae_tiling=256),), 1)]
+    skeleton = cache(hunyuanvideo_13b)
+    monkeypatch.setattr(run, "from_folder", lambda folder, precision, device: skeleton(precision, device))
+    monkeypatch.setattr(run, "Estimator", cache(Estimator))  # traced once, as it takes seconds
+    large = request(height=544, width=960, frames=97, vae_tiling=256)
+    asked = [workload.Workload("w", "s", (large,), 1)]
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     bf16, int8 = Precision.parse("bf16", cuda), Precision.parse("int8", cuda)
-    kinds = ("none", "component", "block")
-    estimator = estimators(skeleton(bf16, cuda), "exact", cuda)
-    peaks = [estimator.plan(asked[0].requests, kind).peak for kind in kinds]
+
+    def peak(kind: str, device: torch.device) -> int:
+        return run.Estimator(skeleton(bf16, device), "exact", device).plan([large], kind).peak
+
+    peaks = [peak(kind, cuda) for kind in ("none", "component", "block")]
     assert sorted(peaks, reverse=True) == peaks
     for available, kind, told in (
         (peaks[0], "none", None),
@@ -167,9 +169,7 @@ def test_the_first_offload_that_fits_by_the_plans_estimate_is_taken(
         monkeypatch.setattr(run, "device_memory_bytes", lambda device, have=available: have)
         assert run.first_that_fits(info, asked, cuda, bf16, Limits()) == (found, why)
     monkeypatch.setattr(run, "held_bytes", lambda device: GIB)
-    estimator = estimators(skeleton(bf16, cpu), "exact", cpu)
-    on_cpu = [estimator.plan(asked[0].requests, kind).peak for kind in kinds]
-    enough = Limits(max_memory=on_cpu[1] + GIB)  # with what the process holds
+    enough = Limits(max_memory=peak("block", cpu) + GIB)  # with what the process holds
     assert run.first_that_fits(info, asked, cpu, bf16, enough)[0] == "block"  # there is no component on the CPU
     assert run.first_that_fits(info, asked, cpu, int8, Limits(max_memory=GIB))[0] == "none"
 
@@ -185,7 +185,7 @@ def test_a_sweep_with_offload_says_so_everywhere_and_keeps_it(
         return "block", "Measured with --offload block (float32): one video is estimated to take more."
 
     monkeypatch.setattr(run, "first_that_fits", short_of_memory)
-    found = run.tune(info, [small(info, 2)], device="cpu", dtypes=["fp32"], budget=AMPLE, largest=2)
+    found = run.Tuning(info, [small(info, 2)], CPU, dtypes=["fp32"], budget=AMPLE, largest=2).run()
     assert free == ["none"]  # this model fits this machine
     (swept,) = found.sweeps
     assert swept.offload == "block"
@@ -193,7 +193,7 @@ def test_a_sweep_with_offload_says_so_everywhere_and_keeps_it(
     assert all(p.quality.equal for p in swept.points if p.isolation == "exact" and p.quality)
     assert all(point.memory.weights == 0 for point in swept.points)
     assert report.record(found)["sweeps"][0]["offload"] == "block"
-    page = report.write(found, tmp_path / "o")["html"].read_text(encoding="utf-8")
+    page = write(found, tmp_path / "o")["html"].read_text(encoding="utf-8")
     assert " --offload block</code></p>" in page
     assert "isolation, offload block</div>" in page
     console = Console(width=100, record=True, file=open(tmp_path / "t", "w"))  # noqa: SIM115
@@ -219,11 +219,11 @@ def test_offload_can_be_asked_for_and_what_cannot_be_is_refused(
     info: ModelInfo, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run, "first_that_fits", lambda *_: pytest.fail("it was said"))
-    found = run.tune(info, [small(info, 1)], device="cpu", budget=AMPLE, largest=1, offload="block", keep=False)
+    found = run.Tuning(info, [small(info, 1)], CPU, budget=AMPLE, largest=1, offload="block", keep=False).run()
     assert found.sweeps[0].offload == "block"
     assert not found.notes or "estimated" not in found.notes[0]
     monkeypatch.setattr(run, "load", lambda *_, **__: pytest.fail("the model was loaded"))
     with pytest.raises(ValueError, match="use offload 'block'"):
-        run.tune(info, [small(info, 1)], device="cpu", offload="component")
+        run.Tuning(info, [small(info, 1)], CPU, offload="component").run()
     with pytest.raises(ValueError, match="8-bit weights cannot be offloaded to disk"):
-        run.tune(info, [small(info, 1)], device="cpu", dtypes=["fp32", "int8"], offload="block")
+        run.Tuning(info, [small(info, 1)], CPU, dtypes=["fp32", "int8"], offload="block").run()

@@ -71,6 +71,19 @@ def test_a_shape_gives_requests_that_differ_and_waves_of_any_size(info: ModelInf
         workload.of_shape(info, {"width": 50}, 1)
 
 
+def test_a_model_of_few_words_is_given_captions_and_what_they_show(info: ModelInfo) -> None:
+    from reelbatch.demo import shapes
+
+    scenes = shapes.scenes()
+    one = workload.of_shape(info, {}, 9, lambda count: [(scene, shapes.caption(scene)) for scene in scenes[:count]])
+    assert [r.prompt for r in one.requests] == [shapes.caption(scene) for scene in one.scenes]
+    assert one.scenes == tuple(scenes[:9])
+    clip = video(shapes.draw(scenes[0], 64, 64, 9))
+    alone = Alone((clip,), 10, True, "float32 alone")
+    assert compare([clip], alone, alone, one.scenes[:1]).attributes == 1.0
+    assert compare([clip], alone, alone).attributes is None
+
+
 def test_a_mix_is_represented_with_its_largest_and_every_wave_covers_it(info: ModelInfo) -> None:
     small, large = request(), request(width=64)
     mix = workload.of_mix([small] * 30 + [large] + [small] * 9, "p.csv")

@@ -9,12 +9,14 @@ import torch
 from typer.testing import CliRunner
 
 from reelbatch.cli import app
+from reelbatch.engine.config import EngineConfig
 from reelbatch.loading.inspection import ModelInfo
 from reelbatch.loading.model import Model
 from reelbatch.request import VideoRequest
 from reelbatch.tune import profiles, workload
 
 GIB = 2**30
+CPU = EngineConfig(device="cpu")
 AMPLE = 3600
 """Seconds of a budget that no load uses up: with few sizes, repeats and videos, a sweep ends by itself."""
 
@@ -27,16 +29,16 @@ def request(**fields) -> VideoRequest:
     return VideoRequest(**{"prompt": "a cat", "seed": 1, "height": 32, "width": 32, "frames": 9, "steps": 10, **fields})
 
 
-def little_memory(components: Model, samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def little_memory(model: Model, samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A device on which no more than so many samples fit into a step."""
-    forward = components.family.transformer.forward
+    forward = model.family.transformer.forward
 
     def limited(*args, packs, **kwargs):
         if sum(map(len, packs)) > samples:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(*args, packs=packs, **kwargs)
 
-    monkeypatch.setattr(components.family.transformer, "forward", limited)
+    monkeypatch.setattr(model.family.transformer, "forward", limited)
 
 
 def small(info: ModelInfo, largest: int = 4, **fields) -> workload.Workload:

@@ -4,9 +4,9 @@
     python benchmarks/memory_plan.py --every 3       # every third of them
     python benchmarks/memory_plan.py --repeat 3      # each three times, to see how far measured peaks vary
 
-Every case is a process of its own: an engine is opened and makes a batch of videos in two steps, with prompts as long as
-are read, which is what estimates are for. Measured is the peak resident set of the process in each phase, less what was
-resident once everything was imported: weights, activations, and what the libraries and the C allocator take.
+Every case is a process of its own: an engine is opened and makes a batch of videos in two steps, with prompts as long
+as are read, which is what estimates are for. Measured is the peak resident set of the process in each phase, less what
+was resident once everything was imported: weights, activations, and what the libraries and the C allocator take.
 """
 
 from __future__ import annotations
@@ -236,8 +236,8 @@ def report(results: list[Result]) -> str:
 {date.today()}, {device_name("cpu")}, {versions}, Python {sys.version.split()[0]}
 
 Peak resident memory of a process above what is resident once everything is imported: weights, activations, and what
-libraries and the C allocator take. Estimates are traces of the networks from their configurations alone, with one margin
-for all. Error: estimate over measured, less 1. {len({result.case for result in results})} batches.
+libraries and the C allocator take. Estimates are traces of the networks from their configurations alone, with one
+margin for all. Error: estimate over measured, less 1. {len({result.case for result in results})} batches.
 
 {chr(10).join(spans)}
 

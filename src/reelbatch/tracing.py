@@ -1,8 +1,8 @@
 """How much memory some work takes: it runs on fake tensors, and the bytes alive at its worst moment are counted.
 
-Fake tensors have a shape, a dtype and a device, and no memory. The networks' own code runs on them, so what is counted is
-what that code does, whichever network it is. Networks of many equal parts say so (`run_block`, `run_tile`), so that a
-trace runs one of them; functions that keep tensors are `cached`, so that no fake tensor outlives its trace.
+Fake tensors have a shape, a dtype and a device, and no memory. The networks' own code runs on them, so what is counted
+is what that code does, whichever network it is. Networks of many equal parts say so (`run_block`, `run_tile`), so that
+a trace runs one of them; functions that keep tensors are `cached`, so that no fake tensor outlives its trace.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ CONV_BLOCK = 16
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
     """The most bytes that tensors created by `work` take at once.
 
-    What was there before (weights, inputs) does not count and is not changed. Views count once, with their storage. What
-    an operator takes besides its result counts for convolutions, where it is large; elsewhere not.
+    What was there before (weights, inputs) does not count and is not changed. Views count once, with their storage.
+    What an operator takes besides its result counts for convolutions, where it is large; elsewhere not.
 
     Args:
         work: runs without gradients. Where it reads a tensor's values, it gets True or 1.
@@ -77,7 +77,9 @@ class _Trace(TorchDispatchMode):
             if isinstance(leaf, Tensor):
                 self._add(leaf, leaf.untyped_storage().nbytes())
         if convolution:
-            self.peak = max(self.peak, self.live + _convolution_bytes(result, *convolution, self.on_cpu))
+            self.peak = max(
+                self.peak, self.live + _convolution_bytes(result, convolution[0], convolution[1], self.on_cpu)
+            )
         return result
 
     def _input(self, tensor: Tensor) -> Tensor:
@@ -125,9 +127,9 @@ _thread = _Thread()
 def _convolution_bytes(result: Tensor, images: Tensor, weight: Tensor, on_cpu: bool) -> int:
     """What a convolution takes besides input and result.
 
-    oneDNN computes in blocks of channels: it copies the input into that layout, and then its result out of it. For dtypes
-    that it does not compute in, PyTorch writes out every window of the input. A GPU's workspace is taken to be as large as
-    oneDNN's copies; it was not measured.
+    oneDNN computes in blocks of channels: it copies the input into that layout, and then its result out of it. For
+    dtypes that it does not compute in, PyTorch writes out every window of the input. A GPU's workspace is taken to be
+    as large as oneDNN's copies; it was not measured.
     """
     if on_cpu and not _onednn_computes(result.dtype):
         return result.numel() // result.shape[1] * math.prod(weight.shape[1:]) * result.element_size()

@@ -128,7 +128,7 @@ def make(
             say(plan.advice)
         engine = open_engine(plan.config)
         if engine.calibration is not None:
-            say(f"--max-memory: estimates of a step are {engine.calibration.line}")
+            say(f"--max-memory: estimates of steps and decodes are {engine.calibration.line}")
         with interruptible() as interrupted, display([row.to_request() for row in job.open], console) as shown:
             engine.subscribe(shown.event)
             worker = Worker(

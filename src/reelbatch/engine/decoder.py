@@ -2,8 +2,8 @@
 
 What the thread reads of the engine: the sample that it was given, which nobody changes; the VAE's weights, which nobody
 moves before `wait` has returned, and which are all on the device (with an offload nothing is decoded beside). On a GPU
-it works in a stream of its own, which begins after what the engine's stream had written when the sample was handed over.
-It writes nothing but its result.
+it works in a stream of its own, which begins after what the engine's stream had written when the sample was handed
+over. It writes nothing but its result.
 """
 
 from __future__ import annotations

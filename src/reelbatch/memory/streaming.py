@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +14,7 @@ from diffusers.hooks import HookRegistry, apply_group_offloading
 from diffusers.hooks.group_offloading import ModuleGroup
 from torch import nn
 
-from reelbatch.memory.alignment import aligned
+from reelbatch.memory.alignment import ALIGNMENT
 
 CPU = torch.device("cpu")
 GROUP_HOOKS = ("group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading")
@@ -40,9 +42,20 @@ class DiskGroup(ModuleGroup):
             tensor.data = torch.empty(1, dtype=tensor.dtype).expand(tensor.shape)
 
     def _onload_from_disk(self) -> None:
-        super()._onload_from_disk()
-        for tensor in self.tensor_to_key:
-            tensor.data = aligned(tensor.data)
+        """Reads into pages of its own, which go back to the system when the weights leave, each weight at an aligned
+        address; in a mapped file they are not."""
+        with Path(self.safetensors_file_path).open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+            sizes = {tensor: -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in self.tensor_to_key}
+            pages, start = mmap.mmap(-1, max(sum(sizes.values()), 1)), 0
+            for key, tensor in self.key_to_tensor.items():
+                file.seek(8 + length + header[key]["data_offsets"][0])
+                file.readinto(memoryview(pages)[start : start + tensor.nbytes])
+                if tensor.numel():
+                    loaded = torch.frombuffer(pages, dtype=tensor.dtype, count=tensor.numel(), offset=start)
+                    tensor.data = loaded.view(tensor.shape)
+                start += sizes[tensor]
 
     def cast(self, dtype: torch.dtype) -> None:
         """Casts all weights, as `from_pretrained` would have."""

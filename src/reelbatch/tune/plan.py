@@ -260,8 +260,8 @@ SMALLER_BATCH = 2
 def remedies(setup: Setup, available: int) -> list[Remedy]:
     """Sets of changes with which the batch fits, none of which could be left out, the cheapest first.
 
-    Cheap is what costs little time and leaves the videos nearly as they are: VAE tiles, a smaller batch, offloading what is
-    not at work, a dtype of fewer bytes, offloading block by block.
+    Cheap is what costs little time and leaves the videos nearly as they are: VAE tiles, a smaller batch, offloading
+    what is not at work, a dtype of fewer bytes, offloading block by block.
     """
     found: list[tuple[int, frozenset[str], Remedy]] = []
     for changes in sorted(_combinations(setup), key=lambda changes: sum(rank for rank, _, _ in changes)):

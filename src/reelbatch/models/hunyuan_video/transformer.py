@@ -161,8 +161,8 @@ class HunyuanVideoTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
         ValueError: if the configuration is of another network, or does not fit together.
     """
 
-    # Diffusers writes it into model_index.json. With one level more, the folder has the name of one of its pipelines, and
-    # it would look for the class there.
+    # Diffusers writes it into model_index.json. With one level more, the folder has the name of one of its pipelines,
+    # and it would look for the class there.
     __module__ = "reelbatch.models.hunyuan_video"
     _supports_gradient_checkpointing = True
     _skip_layerwise_casting_patterns: ClassVar = ["x_embedder", "context_embedder", "norm"]

@@ -12,7 +12,7 @@ from reelbatch.tune.workload import frame_bytes, shortened
 from reelbatch.video import Video
 
 TIME_SHARE = 0.85
-"""Of the time that is left, what comparing may take."""
+"""The share of the time left that comparing may take."""
 COMPARED = ((8, 1.0), (4, 1.0), (2, 1.0), (1, 1.0), (2, 0.25), (1, 0.0))
 """Videos that are compared, and the share of their steps: the first for which the best sizes take half the time."""
 COMPARED_BYTES = 2**30

@@ -62,7 +62,7 @@ def _cpu_joules(root: Path = Path("/sys/class/powercap")) -> Callable[[], float]
 
 
 class Neighbours:
-    """Other programs: processor cores that they have used since this was made, on average."""
+    """Other programs: processor cores that they have used since this object was created, on average."""
 
     def __init__(self) -> None:
         self._process = psutil.Process()

@@ -14,7 +14,7 @@ SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 GAIN, PATIENCE = 1.03, 2
 """Throughput over the best so far that counts as a gain, and how many sizes without one end the growing."""
 TIME_SHARE = 0.45
-"""Of the time that is left, what growing may take."""
+"""The share of the time left that growing may take."""
 MEMORY_MARGIN = 1.1
 """On the memory that a size is expected to take, as much more as it is larger than the last one."""
 

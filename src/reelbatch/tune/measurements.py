@@ -97,7 +97,7 @@ class Measurements:
         )
 
     def points(self) -> list[Point]:
-        """Of all sizes that were measured, by isolation and size."""
+        """All sizes that were measured, by isolation and size."""
         return [self.point(key) for key, record in sorted(self.records.items()) if record.repeats]
 
     def per_video(self, key: Key) -> list[float]:

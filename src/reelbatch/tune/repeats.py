@@ -10,7 +10,7 @@ from reelbatch.tune.workload import shape_of, shortened
 
 MOST_REPEATS = 15
 TIME_SHARE = 0.45
-"""Of the time that is left, what repeating may take."""
+"""The share of the time left that repeating may take."""
 
 
 def repeat(bench: Bench) -> None:

@@ -36,7 +36,7 @@ from reelbatch.tune.workload import Workload
 BUSY_CORES = 0.2
 """Cores in use by other programs from which a person is warned."""
 REFERENCE_SHARE = 0.15
-"""Of the budget, for the fp32 videos alone where fp32 itself is not measured."""
+"""The share of the budget for the fp32 videos alone, where fp32 itself is not measured."""
 
 
 @dataclass

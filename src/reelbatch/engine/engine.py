@@ -183,8 +183,7 @@ class Engine:
         submitted before go on beside these; what becomes of them comes out of `run` or `step`.
 
         Raises:
-            RequestError: before anything runs, if one of them cannot be made.
-            ValueError: before anything runs, if two have one id.
+            RequestError, ValueError: before anything runs, if one of them cannot be made, or two have one id.
             FailedRequests: after the others finished, if some failed; it holds the videos and the failures.
         """
         wanted = [request.for_model(self.limits) for request in as_requests(requests)]

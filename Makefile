@@ -1,13 +1,14 @@
 # make demo   real videos from the bundled little model, in out/demo
 # make test   the checks that every change must pass
-# Both set up .venv by themselves; PYTHON=python3.12 picks another interpreter.
+# make machine   measurements that want a quiet machine, for a nightly run
+# All set up .venv by themselves; PYTHON=python3.12 picks another interpreter.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT := out/demo
 
-.PHONY: demo test clean
+.PHONY: demo test machine clean
 
 demo: $(VENV)/.installed
 	$(BIN)/reelbatch generate --prompts examples/shapes.csv --out $(OUT)
@@ -16,7 +17,10 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile --durations=20
+
+machine: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/machine --durations=0
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

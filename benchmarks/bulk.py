@@ -67,7 +67,7 @@ class Ours:
         from reelbatch.jobs.job import Settings, open_job
         from reelbatch.jobs.manifest import Manifest
         from reelbatch.jobs.prompts import Entry, make_requests
-        from reelbatch.jobs.worker import Run
+        from reelbatch.jobs.worker import Worker
 
         fields = {"height": SIDE, "width": SIDE, "frames": FRAMES, "steps": STEPS}
         entries = [Entry(str(i), {"prompt": prompt}) for i, prompt in enumerate(prompts)]
@@ -76,7 +76,7 @@ class Ours:
             manifest = Manifest.in_folder(Path(out))
             settings = Settings("demo", "", "cpu", "float32", "auto", self.engine.config.isolation)
             job = open_job(manifest, Path(out), requests, settings, mode="resume")
-            outcomes = list(Run(self.engine, manifest, job.number, Path(out), weights="").outcomes())
+            outcomes = list(Worker(self.engine, manifest, job.number, Path(out), weights="").outcomes())
             assert all(outcome.error is None for outcome in outcomes)
             assert len(outcomes) == len(prompts)
 

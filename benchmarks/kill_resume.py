@@ -117,7 +117,7 @@ def kill_and_resume(
     command: Sequence[str], folder: Path, log: Path, *, kills: int, longest: float, processes: int, seed: int
 ) -> Found:
     """Runs the command, killing it at random moments up to `longest` seconds after it was started, and then through."""
-    for needed in ("jobs.run", "jobs.report", "tune.profiles"):
+    for needed in ("jobs.worker", "jobs.report", "tune.profiles"):
         import_module(f"reelbatch.{needed}")  # before the processes fork
     draw, seen, done = random.Random(seed), Counter[str](), 0
     running: list[int] = []

@@ -1,12 +1,12 @@
-"""How far the memory plan is off: estimated and measured peaks of the denoising steps and of decoding.
+"""How far estimates of memory are off: estimated and measured peaks of the denoising steps and of decoding.
 
-    python benchmarks/memory_plan.py                 # the 20 cases, about ten minutes on two cores
-    python benchmarks/memory_plan.py --repeat 3      # each three times, to see how far the measured peak itself varies
-    python benchmarks/memory_plan.py --held-out      # ten others, which nothing was fitted to
+    python benchmarks/memory_plan.py                 # the 30 cases, about twenty minutes on two cores
+    python benchmarks/memory_plan.py --every 3       # every third of them
+    python benchmarks/memory_plan.py --repeat 3      # each three times, to see how far measured peaks vary
 
-Every case is a process of its own: an engine is opened and makes a batch of videos in three steps. Measured is the peak
-resident set of the process, less what was resident once everything was imported: weights, activations, and what the
-libraries and the C allocator take. No more than two videos are decoded, as one follows the other.
+Every case is a process of its own: an engine is opened and makes a batch of videos in two steps, with prompts as long
+as are read, which is what estimates are for. Measured is the peak resident set of the process in each phase, less what
+was resident once everything was imported: weights, activations, and what the libraries and the C allocator take.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -28,17 +29,16 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from reelbatch.device import device_name
+from reelbatch.device import device_name, held_bytes
 from reelbatch.loading.hub import DEMO_FOLDER
-from reelbatch.loading.precision import DTYPES
-from reelbatch.memory.estimate import Network, Plan, VideoShape, plan
+from reelbatch.loading.precision import Precision
+from reelbatch.loading.skeleton import from_folder
+from reelbatch.memory.estimate import LONGEST_PROMPT, Estimator
+from reelbatch.request import VideoRequest
 
 RESULTS = Path(__file__).parent / "results"
-STEPS, DECODED = 3, 2
-PROMPT = "a large red circle moving left on a black background"
-TEXT_TOKENS = 12
-LOWEST, HIGHEST = -0.05, 0.15
-"""How far an estimate may be off, as a part of what was measured."""
+STEPS = 2
+CPU = torch.device("cpu")
 
 NETWORKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "wide": (
@@ -63,9 +63,21 @@ class Case:
     isolation: str
     shapes: tuple[tuple[int, int, int, bool], ...]
 
-    def plan(self, network: Network) -> Plan:
-        shapes = [VideoShape(*shape, text_tokens=TEXT_TOKENS) for shape in self.shapes]
-        return plan(network, shapes, dtypes=DTYPES[self.dtype], isolation=self.isolation)  # type: ignore[arg-type]
+    @property
+    def requests(self) -> list[VideoRequest]:
+        guided: dict[str, Any] = {"negative_prompt": LONGEST_PROMPT, "true_cfg": 2.0}
+        return [
+            VideoRequest(
+                prompt=LONGEST_PROMPT, height=h, width=w, frames=n, steps=STEPS, seed=i, **(guided if cfg else {})
+            )
+            for i, (h, w, n, cfg) in enumerate(self.shapes)
+        ]
+
+    def estimated(self, folder: Path) -> dict[str, int]:
+        family = from_folder(folder, Precision.parse(self.dtype, CPU), CPU)
+        requests = [request.for_model(family.limits) for request in self.requests]
+        plan = Estimator(family, self.isolation, CPU).plan(requests)  # type: ignore[arg-type]
+        return dict(plan.phases)
 
     def __str__(self) -> str:
         height, width, frames, cfg = self.shapes[0]
@@ -103,7 +115,7 @@ CASES = (
     _same("heavy", "bf16", "packed", 128, 9, 8),
 )
 OTHER_MIXED = ((96, 160, 9, False), (160, 160, 25, False), (224, 128, 5, True))
-HELD_OUT = (
+CASES += (
     _same("demo", "fp32", "exact", 96, 9, 6),
     _same("demo", "fp32", "packed", 160, 17, 2, cfg=True),
     _same("demo", "bf16", "exact", 224, 5, 3),
@@ -115,7 +127,6 @@ HELD_OUT = (
     _same("wide", "bf16", "packed", 192, 9, 6),
     _same("heavy", "fp32", "exact", 96, 17, 2),
 )
-"""Batches that nothing was fitted to."""
 
 
 @dataclass(frozen=True)
@@ -137,56 +148,29 @@ def measure(case: Case, folder: Path) -> dict[str, int]:
     """Peaks above what is resident at the start; to be called in a fresh process."""
     import transformers
 
-    from reelbatch import VideoRequest
-    from reelbatch.engine.engine import Engine, Progress
+    from reelbatch.engine.engine import Engine
+    from reelbatch.engine.events import Event, Worked
+    from reelbatch.loading.load import load
+    from reelbatch.memory.gauge import memory_of
 
+    warnings.simplefilter("ignore")  # of prompts that are cut
     _ = transformers.LlamaModel, transformers.CLIPTextModel, transformers.PreTrainedTokenizerFast  # now imported
-    before, peaks = _resident("VmRSS"), {}
-    _forget_peak()
-
-    def ended(phase: str) -> None:
-        if phase not in peaks:
-            peaks[phase] = _resident("VmHWM") - before
-            _forget_peak()
-
-    engine = Engine.from_pretrained(str(folder), device="cpu", dtype=case.dtype, isolation=case.isolation)  # type: ignore[arg-type]
-    ended("load")
-    decoder = engine.components.family.decoder
-    decode, decoded = decoder.decode, []
-
-    def decode_some(latents: torch.Tensor) -> torch.Tensor:
-        if len(decoded) == DECODED:
-            return torch.zeros(1, 16, 16, 3)
-        decoded.append(True)
-        return decode(latents)
-
-    def watch(progress: Progress) -> None:
-        if progress.phase == "decode":
-            ended("step")
-
-    decoder.decode = decode_some  # type: ignore[method-assign]
-    engine.on_progress = watch
-    engine.components.family.transformer.register_forward_pre_hook(lambda *_: ended("text"))
-    guided = {"negative_prompt": "", "true_cfg": 2.0}
-    engine.generate(
-        [
-            VideoRequest(
-                prompt=PROMPT, height=height, width=width, frames=frames, steps=STEPS, seed=i, **(guided if cfg else {})
-            )
-            for i, (height, width, frames, cfg) in enumerate(case.shapes)
-        ]
+    before, peaks = held_bytes(CPU), dict[str, int]()
+    engine = Engine(
+        load(folder, CPU, case.dtype),
+        gauge=memory_of(CPU),
+        isolation=case.isolation,
+        max_batch_size=len(case.shapes),
+        decode_beside=0,
     )
-    ended("decode")
+
+    def listen(event: Event) -> None:
+        if isinstance(event, Worked) and event.peak_bytes is not None:
+            peaks[event.phase] = max(peaks.get(event.phase, 0), event.peak_bytes - before)
+
+    engine.subscribe(listen)
+    engine.generate(case.requests)
     return peaks
-
-
-def _resident(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
-
-
-def _forget_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 # -- all of them -----------------------------------------------------------------------------------
@@ -220,7 +204,7 @@ def run(case: Case, folder: Path) -> Result:
     done = subprocess.run(call, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(f"{case} failed:\n{done.stderr}")
-    return Result(case, dict(case.plan(Network.from_folder(folder)).phases), json.loads(done.stdout.splitlines()[-1]))
+    return Result(case, case.estimated(folder), json.loads(done.stdout.splitlines()[-1]))
 
 
 def table(results: list[Result]) -> str:
@@ -238,39 +222,25 @@ def table(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
-def report(results: list[Result], repeat: int, fitted: str) -> str:
-    errors = [result.error(phase) for result in results for phase in ("step", "decode")]
-    outside = sum(not LOWEST <= error <= HIGHEST for error in errors)
-    spread = ""
-    if repeat > 1:
-        groups: dict[Any, list[Result]] = {}
-        for result in results:
-            groups.setdefault(result.case, []).append(result)
-        spans = [
-            max(sizes) / min(sizes) - 1
-            for found in groups.values()
-            for phase in ("step", "decode")
-            if (sizes := [result.measured[phase] for result in found])
-        ]
-        counts = {len(found) for found in groups.values()}
-        times = " to ".join(map(str, sorted({min(counts), max(counts)})))
-        spread = (
-            f"- measured {times} times each, not always the same: the highest peak is up to {max(spans):.0%} above\n"
-            "  the lowest of the same work, as the C allocator cannot always use again what was freed\n"
+def report(results: list[Result]) -> str:
+    spans = []
+    for phase in ("step", "decode"):
+        errors = [result.error(phase) for result in results]
+        below = sum(error < 0 for error in errors)
+        spans.append(
+            f"- {phase}: {len(errors)} peaks, errors from {min(errors):+.1%} to {max(errors):+.1%}, {below} below 0"
         )
     versions = ", ".join(f"{name} {version(name)}" for name in ("reelbatch", "torch", "diffusers", "transformers"))
-    return f"""# The memory plan against what was measured, on a CPU
+    return f"""# Estimates of memory against what was measured, on a CPU
 
 {date.today()}, {device_name("cpu")}, {versions}, Python {sys.version.split()[0]}
 
 Peak resident memory of a process above what is resident once everything is imported: weights, activations, and what
-libraries and the C allocator take. Estimates are from the configurations alone; what they assume of the allocator was
-fitted to {fitted}. Error: estimate over measured, less 1.
+libraries and the C allocator take. Estimates are traces of the networks from their configurations alone, with one
+margin for all. Error: estimate over measured, less 1. {len({result.case for result in results})} batches.
 
-- {len(errors)} peaks of {len({result.case for result in results})} batches: errors from {min(errors):+.1%} to \
-{max(errors):+.1%}
-- {outside} of them outside of {LOWEST:+.0%} to {HIGHEST:+.0%}
-{spread}
+{chr(10).join(spans)}
+
 {table(results)}
 """
 
@@ -278,9 +248,9 @@ fitted to {fitted}. Error: estimate over measured, less 1.
 def main(
     child: Annotated[str, typer.Option(hidden=True)] = "",
     only: Annotated[list[int] | None, typer.Option(help="Numbers of cases, from 1.")] = None,
+    every: Annotated[int, typer.Option(min=1, help="Every n-th case.")] = 1,
     repeat: Annotated[int, typer.Option(min=1, help="Times that each case is measured.")] = 1,
     threads: Annotated[int, typer.Option(help="Of PyTorch.")] = 1,
-    held_out: Annotated[bool, typer.Option(help="Ten batches that nothing was fitted to.")] = False,
     save: Annotated[bool, typer.Option(help="Keep the table under benchmarks/results/.")] = True,
 ) -> None:
     """Measures the cases and prints the table that is kept under benchmarks/results/."""
@@ -290,21 +260,20 @@ def main(
         fields["shapes"] = tuple(tuple(shape) for shape in fields["shapes"])
         print(json.dumps(measure(Case(**fields), Path(folder))))
         return
-    cases, name = (HELD_OUT, "memory_plan_held_out_cpu") if held_out else (CASES, "memory_plan_cpu")
-    chosen = [cases[number - 1] for number in only] if only else list(cases)
+    chosen = [CASES[number - 1] for number in only] if only else list(CASES[::every])
     results = []
     with model_folders() as folders:
         for case in chosen:
             for _ in range(repeat):
                 results.append(run(case, folders[case.model]))
                 print(table(results[-1:]).splitlines()[-1], flush=True)
-    text = report(results, repeat, "peaks of other batches" if held_out else "peaks of these same batches")
+    text = report(results)
     print(text)
     if save and not only:
         RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
+        (RESULTS / "memory_plan_cpu.md").write_text(text, encoding="utf-8")
         record = [{**asdict(result), "date": str(date.today()), "device": device_name("cpu")} for result in results]
-        (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        (RESULTS / "memory_plan_cpu.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

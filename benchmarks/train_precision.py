@@ -41,9 +41,9 @@ WARM_UP = 2
 
 def cell(settings: dict[str, Any]) -> dict[str, float]:
     """Trains, and tells what it took; to be called in a fresh process."""
+    from reelbatch.memory.gauge import memory_of
     from reelbatch.train.config import make_config
     from reelbatch.train.loop import Run, make_accelerator
-    from reelbatch.tune.gauges import memory_of
 
     config = make_config(settings)
     run = Run(config, make_accelerator(config), lambda text: None)

@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from diffusers import HunyuanVideoPipeline
+from fake_cuda import cuda  # noqa: F401  a fixture
 
 # One thread: the tiny networks are slower with more, and several test runs then share a machine without harm.
 torch.set_num_threads(1)

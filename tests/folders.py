@@ -10,7 +10,7 @@ from reelbatch import VideoRequest
 from reelbatch.engine.engine import Engine
 from reelbatch.jobs.job import Job, Settings, open_job
 from reelbatch.jobs.manifest import Manifest
-from reelbatch.jobs.worker import Outcome, Run
+from reelbatch.jobs.worker import Outcome, Worker
 
 
 class Folder:
@@ -28,14 +28,15 @@ class Folder:
                 **dict.fromkeys(("model", "weights", "attention"), "m"),
                 "device": "cpu",
                 "dtype": "float32",
-                "isolation": self.engine.isolation,
+                "isolation": self.engine.config.isolation,
                 **changed,
             }
         )
         return open_job(self.manifest, self.path, requests, settings, mode=mode, overwrite=overwrite)
 
     def run(self, job: Job, **options: Any) -> Iterator[Outcome]:
-        return Run(self.engine, self.manifest, job.number, self.path, weights="w", **options).outcomes()
+        worker = Worker(self.engine, self.manifest, job.number, self.path, weights="w", **options)
+        return worker.outcomes()
 
     def make(self, requests: list[VideoRequest], **options: Any) -> list[Outcome]:
         return list(self.run(self.open(requests), **options))

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 
 import reelbatch
 from reelbatch.cli import app, main
+from reelbatch.engine.config import EngineConfig
 from reelbatch.engine.engine import Engine, Progress
 from reelbatch.jobs.display import display
 from reelbatch.video import read_record, read_video
@@ -86,7 +88,7 @@ def test_the_same_command_again_makes_only_what_is_missing(tiny_folder: Path, he
 def test_all_faults_are_told_at_once_and_before_a_model_is_loaded(
     tiny_folder: Path, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("reelbatch.cli.making.open_engine", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("reelbatch.cli.run.open_engine", lambda *_, **__: pytest.fail("the model was loaded"))
     (here / "p.csv").write_text("prompt,frames\na cat,10\na dog,9\n,5\n", encoding="utf-8")
     result = call("generate", "--prompts", "p.csv", "--width", 50, "--model", tiny_folder)
     told = str(result.exception)
@@ -119,11 +121,12 @@ def test_a_request_that_fails_is_told_and_the_others_are_made(
 def test_what_cannot_work_is_refused_before_a_model_is_loaded(
     tiny_folder: Path, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("reelbatch.cli.making.open_engine", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("reelbatch.cli.run.open_engine", lambda *_, **__: pytest.fail("the model was loaded"))
     (here / "file").touch()
     command = ("generate", "a cat", "--model", tiny_folder)
     assert "no videos can be written there" in str(call(*command, "--out", "file").exception)
     assert "seed=-1 must be a whole number from 0" in str(call(*command, "--seed", -1).exception)
+    assert "did you mean 'own-frame'?" in str(call(*command, "--attention-rule", "own-fram").exception)
     for words in (("--isolation", "packd"), ("--batch-size", 0), ("--batch-tokens", 0), ("--steps", "ten")):
         result = call(*command, *words)
         assert result.exit_code == 2
@@ -147,13 +150,73 @@ def test_guidance_that_does_nothing_is_told(
     assert bool(warned) == ("warning" in told)
 
 
+def test_tiles_are_an_option_a_column_and_part_of_the_record(tiny_folder: Path, here: Path) -> None:
+    (here / "p.csv").write_text("prompt,vae_tiling\na cat,\na dog,64\nthe sea,0\n", encoding="utf-8")
+    words = ("generate", "--prompts", "p.csv", "--model", tiny_folder, "--json", "--frames", 1, "--height", 96, "--out")
+    tiles = {
+        given: {
+            record["request"]["prompt"]: (record["request"].get("vae_tiling"), record["vae_tiles"])
+            for record in records(call(*words, given, *(["--vae-tiling", given] if given else [])))
+        }
+        for given in ("", "auto", "off", "96")
+    }
+    own = {"a dog": (64, 64), "the sea": (0, False)}
+    assert tiles[""] == tiles["auto"] == {"a cat": (None, False), **own}
+    assert tiles["off"] == {"a cat": (0, False), **own}
+    assert tiles["96"] == {"a cat": (96, 96), **own}
+    refused = call(*words, "o", "--vae-tiling", "small")
+    assert "--vae-tiling 'small': give auto, off, or the side of a tile in pixels" in str(refused.exception)
+    assert "vae_tiling=70 must be 0 (whole) or a multiple of 32" in str(call(*words, "o", "--vae-tiling", 70).exception)
+    assert not (here / "o").exists()
+
+
+def test_options_come_to_the_engine_as_its_configuration(
+    tiny_folder: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs: list[EngineConfig] = []
+
+    def opened(config: EngineConfig) -> Engine:
+        configs.append(config)
+        return Engine.open(config)
+
+    monkeypatch.setattr("reelbatch.cli.run.open_engine", opened)
+    (here / "p.txt").write_text("a cat", encoding="utf-8")
+    words = ("--model", tiny_folder, "--frames", 1, "--steps", 1)
+    more = ("--isolation", "packed", "--batch-size", 3, "--batch-tokens", 900, "--max-memory", "64GiB")
+    assert call("generate", "a cat", *words, "--out", "a").exit_code == 0
+    assert call("job", "run", "p.txt", *words, "--out", "b", *more, "--keep-pixels").exit_code == 0
+    plain = EngineConfig(model=str(tiny_folder), decode_beside=None)
+    assert configs[0] == plain
+    assert configs[1] == replace(
+        plain, isolation="packed", max_batch_size=3, max_batch_tokens=900, max_memory=64 * 2**30, keep_pixels=True
+    )
+
+
+def test_a_refused_command_leaves_no_trace(tiny_folder: Path, here: Path) -> None:
+    (here / "p.txt").write_text("a cat", encoding="utf-8")
+    for words in (("--max-memory", "much"), ("--lora", "l.safetensors:strong"), ("--attention", "none-such")):
+        for command in (("generate", "a cat"), ("job", "run", "p.txt")):
+            assert isinstance(call(*command, "--model", tiny_folder, "--out", "o", *words).exception, ValueError)
+            assert not (here / "o").exists()
+
+
+def test_importing_says_nothing(here: Path) -> None:
+    """Each room that users import, in a process of its own with nothing set."""
+    environment = {name: value for name, value in os.environ.items() if "VERBOSITY" not in name}
+    for line in ("from reelbatch import repair", "from reelbatch import Engine", "import reelbatch.loading.lora"):
+        done = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, env=environment)
+        assert (done.returncode, done.stdout) == (0, "")
+        assert "torchvision" not in done.stderr
+        assert "torchao" not in done.stderr
+
+
 def test_bugs_of_ours_are_no_bad_input(
     tiny_folder: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("out of paper")
 
-    monkeypatch.setattr("reelbatch.cli.making.open_engine", broken)
+    monkeypatch.setattr("reelbatch.cli.run.open_engine", broken)
     monkeypatch.setattr("sys.argv", ["reelbatch", "generate", "a cat", "--model", str(tiny_folder)])
     with pytest.raises(SystemExit) as ended:
         main()
@@ -236,7 +299,7 @@ def test_bars_show_a_prompt_as_it_is_written() -> None:
     request = reelbatch.VideoRequest(prompt="[/red] a [bold]cat")
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
     with display([request], console) as shown:
-        shown.progress(Progress(request.id, "denoise", 1, 4, 0.25))
+        shown.event(Progress(request.id, "denoise", 1, 4, 0.25))
     told = console.file.getvalue()
     assert "[/red] a [bold]cat" in told
     assert "1/4" in told

@@ -206,10 +206,12 @@ def test_a_tune_profile_is_listed_and_used(before: Path) -> None:
     assert advice.line is not None and "as tuned for 32×32×5 on" in advice.line
 
 
-def test_a_calibration_is_used(before: Path) -> None:
+def test_a_calibration_of_other_estimates_is_refused_with_the_reason(before: Path) -> None:
+    """It corrected fitted formulas; what is estimated now is traced, and was wrong in other ways."""
     as_if_measured_here("calibrations", "any shape")
     plan = json.loads(call_well("plan", "--model", "demo", "--device", "cpu", "--dtype", "float32", "--json").stdout)
-    assert plan["calibrated"].startswith("corrected by 3 small videos measured here on 2026-")
+    assert "it corrects the estimates of an earlier version" in plan["calibrated"]
+    assert "run `reelbatch plan --calibrate`" in plan["calibrated"]
 
 
 # Training ---------------------------------------------------------------------------------------------------------

@@ -269,9 +269,7 @@ def test_a_request_that_cannot_be_encoded_ends_alone(fp32: Model, monkeypatch: p
     assert len(raised.value.videos) == 2
 
 
-def test_a_step_too_large_for_memory_is_split_and_nothing_is_lost(
-    fp32: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_too_large_for_memory_is_split_and_nothing_is_lost(fp32: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     requests = [simple(i, steps=2 + i % 3) for i in range(5)]
     expected = make(fp32, requests)
     forward = fp32.family.transformer.forward
@@ -332,9 +330,7 @@ def test_a_short_video_leaves_while_a_long_one_goes_on_and_another_takes_its_pla
     assert phases == ["text", "denoise", "denoise", "decode", "done"]
 
 
-def test_decoding_beside_the_next_steps_gives_the_same_videos(
-    fp32: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_decoding_beside_the_next_steps_gives_the_same_videos(fp32: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     requests = [simple(i, steps=1 + i, frames=(1, 5, 9)[i % 3]) for i in range(5)]
     expected = make(fp32, requests)
     decode, stepped, threads = fp32.family.decode, threading.Event(), []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import hashlib
 import importlib.util
 import json
 import os
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,9 +25,10 @@ from typer.testing import CliRunner
 from reelbatch import VideoRequest
 from reelbatch.cli import app
 from reelbatch.engine.engine import Engine
-from reelbatch.jobs import worker as run_room
-from reelbatch.jobs.job import JobChanged, in_order
-from reelbatch.jobs.manifest import FILE, Manifest, State
+from reelbatch.engine.loop import DECODE_BESIDE
+from reelbatch.jobs import worker as worker_room
+from reelbatch.jobs.job import JobChanged, Settings, in_order
+from reelbatch.jobs.manifest import FILE, Manifest, ManifestError, State
 from reelbatch.jobs.states import States
 from reelbatch.jobs.verify import make_again, verify
 from reelbatch.jobs.worker import FolderError
@@ -78,7 +81,6 @@ def test_every_video_is_the_one_alone_with_its_hash_and_nothing_else_is_left(fol
     outcomes = folder.make(requests)
     assert {outcome.request.prompt for outcome in outcomes if outcome.record} == {r.prompt for r in requests}
     assert folder.frames() == alone(folder.engine, requests)
-    assert folder.engine.decode_beside == 0  # on the CPU it would take the cores from the steps
     assert all(checked.problem is None for checked in verify(folder.manifest, folder.path))
     names = {row.file for row in folder.manifest.rows()}
     assert folder.files() == {FILE} | names | {str(sidecar(Path(name))) for name in names}
@@ -103,15 +105,53 @@ def test_the_same_job_again_makes_nothing(folder: Folder) -> None:
         ({"isolation": "packed"}, "isolation was 'exact' and is 'packed'"),
         ({"weights": "others"}, "weights was 'm' and is 'others'"),
         ({"naming": "vbench"}, "naming was 'default' and is 'vbench'"),
+        ({"threads": 3}, "threads was 2 and is 3 (OMP_NUM_THREADS=2 makes it what it was)"),
+        ({"device": "cuda", "threads": None}, "device was 'cpu' and is 'cuda'"),
     ],
 )
 def test_a_job_of_other_settings_is_refused_with_what_differs(folder: Folder, change: dict, told: str) -> None:
     requests = asked(folder.engine, 2)
-    folder.make(requests)
+    list(folder.run(folder.open(requests, threads=2)))
     with pytest.raises(JobChanged, match="--as-new") as refused:
-        folder.open(requests, **change)
+        folder.open(requests, **{"threads": 2, **change})
     assert refused.value.differences == (told,)
     assert set(folder.states().values()) == {"done"}
+
+
+def test_threads_are_part_of_a_fingerprint_and_change_no_byte_of_one_without(engine: Engine) -> None:
+    (request,) = asked(engine, 1)
+    before = Settings("m", "w", "cpu", "float32", "auto", "exact")
+    told = request.model_dump(mode="json", exclude={"id", "tags", "name"})
+    decides = {**dict(vars(before)), "lora": []}
+    del decides["naming"], decides["threads"]
+    digest = hashlib.sha256(json.dumps([told, decides], sort_keys=True).encode()).hexdigest()
+    assert "vae_tiling" not in told
+    assert before.fingerprint(request) == digest
+    assert before.fingerprints(request) == (digest,)
+    now = replace(before, threads=2)
+    assert now.record == {**before.record, "threads": 2}
+    assert now.fingerprints(request) == (now.fingerprint(request), digest)
+    tiled = request.model_copy(update={"vae_tiling": 64})
+    assert len({settings.fingerprint(r) for settings in (before, now) for r in (request, tiled)}) == 4
+
+
+@pytest.mark.parametrize("mode", ["resume", "add"])
+def test_a_job_that_recorded_no_threads_goes_on_with_those_of_this_machine(folder: Folder, mode: str) -> None:
+    requests = asked(folder.engine, 3)
+    list(folder.run(folder.open(requests), stopping=stop_after(folder.engine, STEPS + 1)))
+    later = Folder(folder.path, Engine(folder.engine.model, max_batch_size=1))
+    (earlier,) = folder.manifest.jobs()
+    assert "threads" not in earlier.settings
+    new = [request.model_copy(update={"id": f"again{i}"}) for i, request in enumerate(requests)]
+    job = later.open(new, mode, threads=2)
+    assert {row.id for row in job.rows} == {request.id for request in requests}
+    list(later.run(job))
+    again = later.open(new, threads=2)  # the job that "add" made records them, and has rows that do not
+    assert again.open == []
+    assert later.frames() == alone(folder.engine, requests)
+    if mode == "add":
+        with pytest.raises(JobChanged, match="OMP_NUM_THREADS=2"):
+            later.open([*new, *asked(folder.engine, 1, width=48)], threads=3)
 
 
 def test_a_job_of_other_requests_is_refused_or_made_beside(folder: Folder) -> None:
@@ -169,7 +209,7 @@ def test_a_stopped_job_goes_on_from_its_step_with_the_same_frames(
     later.make(requests)
     assert {id: step - 1 for id, step in begun.items() if id in saved} == saved
     assert later.frames() == alone(later.engine, requests)
-    assert not (folder.path / run_room.OWN_FOLDER).exists()
+    assert not (folder.path / worker_room.OWN_FOLDER).exists()
 
 
 def test_states_are_saved_every_so_many_steps(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +232,7 @@ def test_states_are_saved_every_so_many_steps(folder: Folder, monkeypatch: pytes
 def test_a_saved_state_that_is_no_good_is_left_alone(folder: Folder, tiny_folder: Path, damage: str) -> None:
     requests = asked(folder.engine, 2)
     folder.make(requests, stopping=stop_after(folder.engine, 2))
-    for file in (folder.path / run_room.OWN_FOLDER / "states").iterdir():
+    for file in (folder.path / worker_room.OWN_FOLDER / "states").iterdir():
         if damage == "gone":
             file.unlink()
         elif damage == "cut":
@@ -278,6 +318,24 @@ def test_a_file_in_place_whose_row_was_not_written_is_adopted(folder: Folder, mo
     assert all(sidecar(folder.path / name).exists() for name in placed)
 
 
+@pytest.mark.parametrize("threads", ["as here", "not recorded", "others"])
+def test_a_file_in_place_is_adopted_unless_its_record_names_other_threads(folder: Folder, threads: str) -> None:
+    job = folder.open(asked(folder.engine, 1))
+    (row,) = job.rows
+    (video,) = folder.engine.generate([row.to_request()])
+    here = video.provenance.pop("threads")
+    if threads != "not recorded":
+        video.provenance["threads"] = here + (threads == "others")
+    path = video.save(folder.path / row.file)
+    data = path.read_bytes()
+    (outcome,) = folder.run(job)
+    assert path.read_bytes() == data
+    if threads == "others":
+        assert isinstance(outcome.error, FileExistsError)
+    else:
+        assert (outcome.error, folder.frames()[row.prompt]) == (None, video.frames_sha256)
+
+
 # -- what goes wrong -------------------------------------------------------------------------------
 
 
@@ -286,7 +344,7 @@ def test_a_folder_that_takes_no_more_files_stops_the_job_and_loses_nothing(
     folder: Folder, monkeypatch: pytest.MonkeyPatch, error: int
 ) -> None:
     requests = asked(folder.engine)
-    monkeypatch.setattr(run_room, "WRITE_AGAIN_AFTER", (0.0,))
+    monkeypatch.setattr(worker_room, "WRITE_AGAIN_AFTER", (0.0,))
     put_in_place, calls = Aside.put_in_place, []
 
     def full(self: Aside, *options: bool) -> None:
@@ -300,13 +358,13 @@ def test_a_folder_that_takes_no_more_files_stops_the_job_and_loses_nothing(
         folder.make(requests)
     assert sorted(folder.states().values()) == ["done"] * 2 + ["waiting"] * 4
     monkeypatch.undo()
-    later = Folder(folder.path, Engine(folder.engine.components))
+    later = Folder(folder.path, Engine(folder.engine.model))
     later.make(requests)
     assert later.frames() == alone(later.engine, requests)
 
 
 def test_a_folder_that_recovers_is_written_again(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_room, "WRITE_AGAIN_AFTER", (0.0, 0.0))
+    monkeypatch.setattr(worker_room, "WRITE_AGAIN_AFTER", (0.0, 0.0))
     put_in_place, calls = Aside.put_in_place, []
 
     def gone_for_a_while(self: Aside, *options: bool) -> None:
@@ -364,14 +422,14 @@ def test_files_that_vanish_or_change_are_made_again(folder: Folder) -> None:
 
 def test_a_request_that_fails_is_told_and_can_be_tried_again(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     requests = asked(folder.engine, 4)
-    encode = folder.engine.components.family.text.encode
+    encode = folder.engine.model.family.text.encode
 
     def broken(prompt: str, prompt_2: str | None = None) -> Any:
         if prompt == "a cat 2":
             raise RuntimeError("the tokenizer is on fire")
         return encode(prompt, prompt_2)
 
-    monkeypatch.setattr(folder.engine.components.family.text, "encode", broken)
+    monkeypatch.setattr(folder.engine.model.family.text, "encode", broken)
     outcomes = folder.make(requests)
     assert [str(outcome.error) for outcome in outcomes if outcome.error] == ["the tokenizer is on fire"]
     failed = next(row for row in folder.manifest.rows() if row.state == "failed")
@@ -383,10 +441,50 @@ def test_a_request_that_fails_is_told_and_can_be_tried_again(folder: Folder, mon
     assert folder.frames() == alone(folder.engine, requests)
 
 
+def test_what_the_engine_handed_out_is_written_though_the_manifest_refuses_a_failure(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of these end in one step, the failure first."""
+    requests = asked(folder.engine, 3, steps=1)
+    encode = folder.engine.model.family.text.encode
+
+    def broken(prompt: str, prompt_2: str | None = None) -> Any:
+        if prompt == "a cat 0":
+            raise RuntimeError("the tokenizer is on fire")
+        return encode(prompt, prompt_2)
+
+    def refuse(*_: object) -> bool:
+        raise ManifestError("the manifest cannot be used: disk I/O error")
+
+    monkeypatch.setattr(folder.engine.model.family.text, "encode", broken)
+    monkeypatch.setattr(folder.manifest, "fail", refuse)
+    with pytest.raises(ManifestError):
+        folder.make(requests)
+    assert folder.states() == {"a cat 0": "waiting", "a cat 1": "done", "a cat 2": "done"}
+
+
+def test_a_file_that_cannot_be_written_for_want_of_memory_is_tried_again(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_in_place, calls = Aside.put_in_place, []
+
+    def short(self: Aside, *options: bool) -> None:
+        calls.append(self.path)
+        if len(calls) == 1 or self.path.name.startswith("a-cat-1"):
+            raise MemoryError("no room for a frame")
+        put_in_place(self, *options)
+
+    monkeypatch.setattr(Aside, "put_in_place", short)
+    outcomes = {outcome.request.prompt: outcome for outcome in folder.make(asked(folder.engine, 3))}
+    assert folder.states() == {"a cat 0": "done", "a cat 1": "failed", "a cat 2": "done"}
+    assert "writing a-cat-1-seed1.mp4 runs out of memory, whatever was tried: no room" in str(outcomes["a cat 1"].error)
+    assert not (folder.path / worker_room.OWN_FOLDER).exists()
+
+
 def test_a_video_that_is_cancelled_while_it_runs_is_dropped_alone(
     folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_room, "BEAT_SECONDS", 0.0)
+    monkeypatch.setattr(worker_room, "BEAT_SECONDS", 0.0)
     requests = asked(folder.engine, 3)
     job = folder.open(requests)
     step = folder.engine.step
@@ -407,22 +505,22 @@ def test_the_writer_holds_the_engine_back_rather_than_piling_frames_up(
     folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[Path] = []
-    put_in_place, decode, finished = Aside.put_in_place, folder.engine.components.family.decoder.decode, [0]
+    put_in_place, decode, finished = Aside.put_in_place, folder.engine.model.family.decoder.decode, [0]
 
     def slow(self: Aside, *options: bool) -> None:
         time.sleep(0.05)
         put_in_place(self, *options)
         written.append(self.path)
 
-    def counting(latents: Any) -> Any:
+    def counting(latents: Any, tiles: Any) -> Any:
         finished[0] += 1
-        assert finished[0] - len(written) <= run_room.UNWRITTEN + run_room.DECODE_BESIDE + 2
-        return decode(latents)
+        assert finished[0] - len(written) <= worker_room.UNWRITTEN + DECODE_BESIDE + 2
+        return decode(latents, tiles)
 
     monkeypatch.setattr(Aside, "put_in_place", slow)
-    monkeypatch.setattr(folder.engine.components.family.decoder, "decode", counting)
+    monkeypatch.setattr(folder.engine.model.family.decoder, "decode", counting)
     folder.engine.planner.max_batch_size = 1
-    folder.engine.decode_beside = run_room.DECODE_BESIDE
+    folder.engine.decode_beside = DECODE_BESIDE
     folder.make(asked(folder.engine, 14, steps=1, frames=1, height=16, width=16))
     assert set(folder.states().values()) == {"done"}
     assert finished == [14]
@@ -499,7 +597,7 @@ def test_settings_that_changed_are_refused_before_a_model_is_loaded(
     tiny_folder: Path, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert job_run(tiny_folder).exit_code == 0
-    monkeypatch.setattr("reelbatch.cli.making.open_engine", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("reelbatch.cli.run.open_engine", lambda *_, **__: pytest.fail("the model was loaded"))
     told = str(job_run(tiny_folder, "--isolation", "packed").exception)
     assert "isolation was 'exact' and is 'packed'" in told
     assert "--as-new" in told
@@ -544,5 +642,5 @@ def test_ctrl_c_once_saves_what_runs_and_twice_stops_at_once(tiny_folder: Path, 
         assert any(row.step for row in rows)
         assert {row.state for row in rows} == {"waiting"}
     else:
-        Manifest.in_folder(Path("o")).bury()
+        Manifest.in_folder(Path("o")).reap()
         assert Manifest.in_folder(Path("o")).counts()[State.WAITING] == len(rows)

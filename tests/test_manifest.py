@@ -14,9 +14,9 @@ import pytest
 from sqlalchemy import update
 
 from reelbatch.jobs import manifest as room
-from reelbatch.jobs.manifest import Made, Manifest, ManifestError, ProcessRow, State, VideoRow
+from reelbatch.jobs.manifest import Finished, Manifest, ManifestError, ProcessRow, State, VideoRow
 
-MADE = Made("aa", 12, "bb", {"denoise": 1.0}, 4, "exact", "weights", {"torch": "2"})
+FINISHED = Finished("aa", 12, "bb", {"denoise": 1.0}, 4, "exact", "weights", {"torch": "2"})
 URL = os.environ.get("REELBATCH_TEST_DATABASE")
 """A PostgreSQL database to run these tests on as well; its tables are dropped."""
 
@@ -89,7 +89,7 @@ def test_many_processes_claim_each_row_once(manifest: Manifest) -> None:
         while found := mine.claim(owner, job, 3):
             claimed.extend(row.id for row in found)
             for row in found:
-                assert mine.finish(owner, row.id, MADE, nothing)
+                assert mine.finish(owner, row.id, FINISHED, nothing)
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
@@ -109,13 +109,13 @@ def test_done_is_written_with_the_file_in_place_and_not_without(manifest: Manife
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space"):
-        manifest.finish(owner, "v0", MADE, full)
+        manifest.finish(owner, "v0", FINISHED, full)
     assert manifest.row("v0").state == State.RUNNING
     placed: list[bool] = []
-    assert manifest.finish(owner, "v0", MADE, lambda: placed.append(True))
+    assert manifest.finish(owner, "v0", FINISHED, lambda: placed.append(True))
     row = manifest.row("v0")
     assert (row.state, row.owner, row.sha256, row.batch, row.seconds) == ("done", None, "aa", 4, {"denoise": 1.0})
-    assert not manifest.finish(owner, "v0", MADE, lambda: placed.append(True))
+    assert not manifest.finish(owner, "v0", FINISHED, lambda: placed.append(True))
     assert len(placed) == 1
 
 
@@ -125,7 +125,7 @@ def test_a_cancelled_or_lost_row_takes_no_file(manifest: Manifest) -> None:
     manifest.claim(owner, job, 2)  # v2 and v1
     assert sorted(manifest.cancel(["v2", "v0"])) == ["v0", "v2"]
     assert manifest.mine(owner) == {"v1"}
-    assert not manifest.finish(owner, "v2", MADE, lambda: pytest.fail("a cancelled video was put in its place"))
+    assert not manifest.finish(owner, "v2", FINISHED, lambda: pytest.fail("a cancelled video was put in its place"))
     assert not manifest.fail(owner, "v2", "late")
     assert manifest.row("v2").state == State.CANCELLED
     assert manifest.fail(owner, "v1", "no")
@@ -155,7 +155,7 @@ def test_a_killed_process_on_this_machine_is_seen_at_once(manifest: Manifest) ->
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == -9
     assert manifest.counts(job)[State.RUNNING] == 2
-    assert len(manifest.bury()) == 1
+    assert len(manifest.reap()) == 1
     assert manifest.counts(job)[State.WAITING] == 2
 
 
@@ -173,15 +173,15 @@ def test_a_process_elsewhere_is_dead_when_its_counter_stands_still(
     for _ in range(5):  # it lives
         now[0] += 0.2
         assert manifest.beat(owner)
-        assert watcher.bury() == []
+        assert watcher.reap() == []
     now[0] += 0.2
-    assert watcher.bury() == []
+    assert watcher.reap() == []
     now[0] += 0.2
-    assert watcher.bury() == [owner]
+    assert watcher.reap() == [owner]
     assert watcher.counts(job)[State.WAITING] == 1
     assert not manifest.beat(owner)
     assert manifest.claim(owner, job, 1) == []
-    assert not manifest.finish(owner, "v0", MADE, lambda: pytest.fail("the dead put a video in its place"))
+    assert not manifest.finish(owner, "v0", FINISHED, lambda: pytest.fail("the dead put a video in its place"))
 
 
 def test_a_clock_that_is_set_kills_nobody(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,15 +191,15 @@ def test_a_clock_that_is_set_kills_nobody(manifest: Manifest, monkeypatch: pytes
     for shift in (-1e6, 1e6):
         shifted = time.time() + shift
         monkeypatch.setattr(room.time, "time", lambda shifted=shifted: shifted)
-        assert another(manifest).bury() == []
-    assert manifest.finish(owner, "v0", MADE, nothing)
+        assert another(manifest).reap() == []
+    assert manifest.finish(owner, "v0", FINISHED, nothing)
 
 
 def test_who_leaves_holds_nothing(manifest: Manifest) -> None:
     job = manifest.add_job({}, rows(2))
     owner = manifest.enlist()
     manifest.claim(owner, job, 2)
-    manifest.finish(owner, "v0", MADE, nothing)
+    manifest.finish(owner, "v0", FINISHED, nothing)
     manifest.leave(owner)
     assert manifest.counts(job) == {**dict.fromkeys(State, 0), State.WAITING: 1, State.DONE: 1}
 

@@ -21,15 +21,20 @@ from safetensors.torch import load_file, save_file
 
 from reelbatch import VideoRequest
 from reelbatch.device import OutOfMemory, device_memory_bytes
-from reelbatch.engine.engine import TEXT_WINDOW, Engine, Failure
-from reelbatch.loading import load as checkpoint
+from reelbatch.engine.admission import TEXT_WINDOW
+from reelbatch.engine.engine import Engine, Failure
+from reelbatch.engine.runner import Runner
+from reelbatch.engine.sample import Sample
+from reelbatch.loading import inspection
+from reelbatch.loading import load as loading_room
 from reelbatch.loading.hub import ModelFolderError
 from reelbatch.loading.inspection import inspect
 from reelbatch.loading.load import load
 from reelbatch.loading.model import Model
-from reelbatch.memory import placement as offload_room
-from reelbatch.memory.estimate import step_peak_bytes
-from reelbatch.memory.placement import Residence, check_offload, counting_fetches, offloads, streamed
+from reelbatch.memory import placement as placement_room
+from reelbatch.memory.placement import Placement, check_offload, offloads
+from reelbatch.memory.streaming import counting_fetches, stop_streaming, stream
+from reelbatch.models.hunyuan_video.text import TextEncoder
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 MIB = 2**20
@@ -55,17 +60,13 @@ def whole(tiny_folder: Path) -> Model:
 
 @pytest.fixture
 def by_component(tiny_folder: Path) -> Model:
-    """A model whose parts are told to come and to go, as on a GPU, and have nowhere to go."""
-    components = load(tiny_folder, "cpu", "float32")
-    residence = Residence(CPU, "component")
-    for name, network in {
-        "text_encoder": components.family.text.llama,
-        "text_encoder_2": components.family.text.clip,
-        "transformer": components.family.transformer,
-        "vae": components.family.decoder.vae,
-    }.items():
-        residence.take(name, network, torch.float32)
-    return replace(components, residence=residence)
+    """A model whose parts come and go, as on a GPU, and have nowhere to go."""
+    model = load(tiny_folder, "cpu", "float32")
+    placement = Placement(CPU)
+    placement.offload = "component"
+    for name, network in model.family.parts.items():
+        placement.take(name, network, torch.float32, model.family.phases[name], name in model.family.blockwise)
+    return replace(model, placement=placement)
 
 
 # -- the same videos -------------------------------------------------------------------------------
@@ -81,7 +82,7 @@ def test_videos_are_the_same_to_the_bit_and_the_folder_goes(tiny_folder: Path, i
     assert same(made, expected)
     assert made[0].provenance["offload"] == "block"
     assert expected[0].provenance["offload"] == "none"
-    folder = engine.components.residence.folder
+    folder = Path(engine.model.placement._folder.name)
     assert len(list(folder.rglob("*.safetensors"))) >= 8  # the transformer's blocks alone are four
     del engine, made
     gc.collect()
@@ -95,7 +96,7 @@ def test_weights_stored_in_another_dtype_are_cast_as_loading_casts_them(tiny_fol
         save_file({name: tensor.half() for name, tensor in load_file(file).items()}, file, {"format": "pt"})
     options = {"device": "cpu", "dtype": "float32", "keep_latents": True}
     engine = Engine.from_pretrained(str(folder), **options, offload="block")
-    dtypes = {parameter.dtype for parameter in engine.components.family.transformer.parameters()}
+    dtypes = {parameter.dtype for parameter in engine.model.family.transformer.parameters()}
     assert dtypes == {torch.float32}
     assert same(engine.generate(requests()), Engine.from_pretrained(str(folder), **options).generate(requests()))
 
@@ -103,15 +104,16 @@ def test_weights_stored_in_another_dtype_are_cast_as_loading_casts_them(tiny_fol
 def test_component_by_component_one_part_is_there_while_it_works(
     by_component: Model, whole: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    residence, entered = by_component.residence, []
-    enter = Residence.enter
-    monkeypatch.setattr(Residence, "enter", lambda self, part: (entered.append((self.here, part)), enter(self, part)))
+    entered, enter = [], Placement.enter
+    monkeypatch.setattr(
+        Placement, "enter", lambda self, phase: (entered.append((self.here, phase)), enter(self, phase))
+    )
     made = Engine(by_component, keep_latents=True).generate(requests())
     assert same(made, Engine(whole, keep_latents=True).generate(requests()))
-    moves = [part for here, part in entered if here != part]
+    moves = [phase for here, phase in entered if here != phase]
     # texts, then the steps until the first three are done, their decoding, the last one's step and its decoding
-    assert moves == ["text", "transformer", "vae", "transformer", "vae"]
-    assert residence.here == "vae"
+    assert moves[:5] == ["text", "step", "decode", "step", "decode"]
+    assert by_component.placement.here == moves[-1]
 
 
 def test_networks_go_to_the_cpu_when_another_begins(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,13 +125,14 @@ def test_networks_go_to_the_cpu_when_another_begins(monkeypatch: pytest.MonkeyPa
             return self
 
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(offload_room, "send_to_device", lambda values, device: values)
-    residence = Residence(CUDA, "component")
+    monkeypatch.setattr(placement_room, "send_to_device", lambda values, device: values)
+    placement = Placement(CUDA, "component")
     networks = {}
-    for name in ("text_encoder", "text_encoder_2", "transformer", "vae"):
+    phases = {"text_encoder": "text", "text_encoder_2": "text", "transformer": "step", "vae": "decode"}
+    for name, phase in phases.items():
         networks[name] = Network(2, 2)
         networks[name].name = name
-        residence.take(name, networks[name], torch.float32)
+        placement.take(name, networks[name], torch.float32, phase, blockwise=False)
     assert not moved  # loading puts nothing on the device
     for name in ("text_encoder", "text_encoder_2", "transformer", "transformer", "vae"):
         networks[name](torch.ones(1, 2))
@@ -142,7 +145,7 @@ def test_networks_go_to_the_cpu_when_another_begins(monkeypatch: pytest.MonkeyPa
         ("vae", "cuda"),
     ]
     moved.clear()
-    with residence.working_on_the_cpu("vae"):
+    with placement.on_cpu("decode"):
         assert networks["vae"]._hf_hook.execution_device == CPU
         networks["vae"](torch.ones(1, 2))
     assert moved == [("vae", "cpu")] * 2  # it leaves, and works without coming
@@ -171,7 +174,7 @@ engine = Engine.from_pretrained(sys.argv[1], device="cpu", dtype=sys.argv[3], of
 loaded = resident("VmRSS") - before
 Path("/proc/self/clear_refs").write_text("5")
 videos = engine.generate([VideoRequest(prompt="a red cat", seed=i, steps=2, frames=5) for i in range(2)])
-folder = engine.components.residence and str(engine.components.residence.folder)
+folder = engine.model.placement._folder and engine.model.placement._folder.name
 print(json.dumps([loaded, resident("VmHWM") - before, [v.frames_sha256 for v in videos], folder]))
 """
 
@@ -203,70 +206,38 @@ def test_memory_falls_by_the_blocks_that_are_not_at_work(heavy_folder: Path) -> 
     assert not Path(folder).exists()  # removed at the end
 
 
-def test_a_memory_limit_counts_the_weights_that_come_for_a_step(
-    tiny_folder: Path, by_component: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    held, engines = 3 * 2**30, []
-    monkeypatch.setattr("reelbatch.engine.engine.held_bytes", lambda device: held)
-    for components in (by_component, load(tiny_folder, "cpu", "float32", offload="block")):
-        engine = Engine(components, max_memory=2**40)
-        shapes = engine._shapes_at_most(requests()[0].for_model(engine.limits))
-        step = step_peak_bytes(components.family.transformer.config, [tuple(shapes)], torch.float32, "exact")
-        engines.append(engine._step_bytes(shapes) - held - step)
-    total = sum(parameter.numel() * 4 for parameter in by_component.transformer.parameters())
-    assert engines[0] == total
-    singles = by_component.transformer.single_transformer_blocks
-    duals = by_component.transformer.transformer_blocks  # larger: two of them are the most that is there
-    assert engines[1] == total - sum(p.numel() * 4 for blocks in (singles,) for p in blocks.parameters())
-    assert len(duals) == 2
+def test_the_weights_that_come_for_a_phase_are_counted(tiny_folder: Path, by_component: Model, whole: Model) -> None:
+    transformer = whole.family.transformer
+    total = sum(parameter.numel() * 4 for parameter in transformer.parameters())
+    singles = transformer.single_transformer_blocks  # smaller: two of the others are the most that is there
+    in_blocks = load(tiny_folder, "cpu", "float32", offload="block").placement
+    assert whole.placement.visiting_bytes("step") == 0
+    assert by_component.placement.visiting_bytes("step") == total
+    assert in_blocks.visiting_bytes("step") == total - sum(p.numel() * 4 for p in singles.parameters())
+    assert len(transformer.transformer_blocks) == 2
 
 
-# -- out of memory ---------------------------------------------------------------------------------
+# -- for a while ----------------------------------------------------------------------------------
 
 
 def test_a_network_that_is_streamed_for_a_while_is_as_before_afterwards(whole: Model) -> None:
-    forward, transformer = Engine(whole, keep_latents=True).generate, whole.transformer
-    expected = forward(requests())
+    generate, transformer = Engine(whole, keep_latents=True).generate, whole.family.transformer
+    expected = generate(requests())
     before = dict(transformer.named_parameters())
-    with counting_fetches() as counted, streamed(transformer, CPU):
-        made = forward(requests())
+    with counting_fetches() as counted, whole.placement.block_by_block("step"):
+        made = Engine(whole, keep_latents=True)._loop._fallback.step(started(whole)).outcomes
     assert counted.bytes > 0
-    assert same(made, expected)
+    plain = Engine(whole, keep_latents=True)._loop._fallback.step(started(whole)).outcomes
+    assert all(torch.equal(ours.latents, theirs.latents) for ours, theirs in zip(made, plain, strict=True))
     assert all(parameter is before[name] for name, parameter in transformer.named_parameters())
     with counting_fetches() as counted:
-        assert same(forward(requests()), expected)
+        assert same(generate(requests()), expected)
     assert counted.bytes == 0
 
 
-def test_a_step_that_fits_only_block_by_block_is_done_so(
-    whole: Model, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    only = requests()[:1]
-    expected = Engine(whole, keep_latents=True).generate(only)
-    streaming: list[bool] = []
-    monkeypatch.setattr(Model, "elsewhere", lambda self, *parts: streamed(torch.nn.Identity(), CPU))
-    engine = Engine(whole, keep_latents=True)
-    forward = engine._forward
-
-    def short(samples: list) -> list:
-        here = getattr(whole.transformer.transformer_blocks[0], "_diffusers_hook", None)
-        streaming.append(here is not None and here.get_hook("group_offloading") is not None)
-        if not streaming[-1]:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(samples)
-
-    monkeypatch.setattr(engine, "_forward", short)
-    ways = engine._first_that_fits
-
-    def as_on_a_gpu(request: Any, phase: str, found: list, work: Any) -> Any:
-        if phase == "a step":
-            found = [*found, ("with weights that come block by block", engine.components.block_by_block)]
-        return ways(request, phase, found, work)
-
-    monkeypatch.setattr(engine, "_first_that_fits", as_on_a_gpu)
-    assert same(engine.generate(only), expected)
-    assert any(streaming)
-    assert "tried with weights that come block by block" in caplog.text
+def started(model: Model) -> list[Sample]:
+    """Samples before their first step."""
+    return [Runner(model, "exact").start(request.for_model(model.limits)) for request in requests()]
 
 
 # -- what is built on the transformer --------------------------------------------------------------
@@ -279,7 +250,7 @@ def test_a_lora_works_on_weights_that_wait_on_disk(tiny_folder: Path) -> None:
     for kind in ("none", "block"):
         engine = Engine.from_pretrained(str(tiny_folder), device="cpu", keep_latents=True, offload=kind)
         plain = engine.generate(requests())
-        transformer = engine.components.family.transformer
+        transformer = engine.model.family.transformer
         torch.manual_seed(0)
         transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "proj_mlp"], init_lora_weights=False))
         made.append(engine.generate(requests()))
@@ -295,14 +266,17 @@ def test_backends_and_the_refusal_of_step_caches_are_as_without(tiny_folder: Pat
     assert engine.info["attention"] == "math"
     assert same(engine.generate(requests()), Engine.from_pretrained(str(tiny_folder), **options).generate(requests()))
     with pytest.raises(NotImplementedError, match="a step cache decides once"):
-        engine.components.family.transformer.enable_cache(object())
+        engine.model.family.transformer.enable_cache(object())
 
 
 def test_eight_bit_weights_come_block_by_block_from_memory(tiny_folder: Path) -> None:
-    components = load(tiny_folder, "cpu", "int8")
-    expected = Engine(components, keep_latents=True).generate(requests())
-    with streamed(components.family.transformer, CPU):
-        assert same(Engine(components, keep_latents=True).generate(requests()), expected)
+    model = load(tiny_folder, "cpu", "int8")
+    expected = Engine(model, keep_latents=True).generate(requests())
+    stream(model.family.transformer, CPU, None, prefetch=False)
+    try:
+        assert same(Engine(model, keep_latents=True).generate(requests()), expected)
+    finally:
+        stop_streaming(model.family.transformer, CPU)
 
 
 # -- what cannot be --------------------------------------------------------------------------------
@@ -325,7 +299,7 @@ def test_what_can_be_is_told_and_refused_before_loading(tiny_folder: Path, monke
     assert offloads(CPU) == ["none", "block"]
     assert offloads(CPU, int8=True) == ["none"]
     assert offloads(CUDA) == offloads(CUDA, int8=True) == ["none", "component", "block"]
-    monkeypatch.setattr(checkpoint, "AutoencoderKLHunyuanVideo", None)
+    monkeypatch.setattr(loading_room, "NETWORKS", {})
     with pytest.raises(ValueError, match="this device is the CPU"):
         Engine.from_pretrained(str(tiny_folder), device="cpu", offload="component")
     with pytest.raises(ValueError, match="8-bit"):
@@ -342,14 +316,13 @@ def test_a_full_disk_is_told_before_it_is_written_to(tiny_folder: Path, monkeypa
 def test_a_model_that_does_not_fit_whole_may_fit_in_blocks(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     info = inspect(tiny_folder)
     total = info.weight_bytes("float32", "cpu")
-    monkeypatch.setattr(checkpoint, "device_memory_bytes", lambda device: total - 1)
+    monkeypatch.setattr(inspection, "device_memory_bytes", lambda device: total - 1)
     assert not info.fits("cpu", "float32")
     assert info.fits("cpu", "float32", "block")
     with pytest.raises(ModelFolderError, match="offload, a dtype of fewer bytes or a larger device is needed"):
         load(tiny_folder, "cpu", "float32")
-    components = load(tiny_folder, "cpu", "float32", offload="block")
-    assert components.family.decoder.tile_above_bytes == (total - 1) // 2
-    monkeypatch.setattr(checkpoint, "device_memory_bytes", lambda device: 1000)
+    load(tiny_folder, "cpu", "float32", offload="block")
+    monkeypatch.setattr(inspection, "device_memory_bytes", lambda device: 1000)
     assert not info.fits("cpu", "float32", "block")
     assert device_memory_bytes("cpu") > total
 
@@ -361,22 +334,20 @@ def test_a_model_that_does_not_fit_whole_may_fit_in_blocks(tiny_folder: Path, mo
 def visits(by_component: Model) -> Iterator[list[list[int]]]:
     """Lengths of the prompts that Llama reads, visit by visit of the text encoders."""
     found: list[list[int]] = []
-    residence = by_component.residence
-    enter = residence.enter
+    placement, text = by_component.placement, by_component.family.text
+    enter = placement.enter
 
-    def entering(part: str) -> None:
-        if part == "text" and residence.here != "text":
+    def entering(phase: str) -> None:
+        if phase == "text" and placement.here != "text":
             found.append([])
-        enter(part)
+        enter(phase)
 
-    residence.enter = entering
+    placement.enter = entering
 
-    handle = by_component.text.llama.layers[0].register_forward_pre_hook(
-        lambda module, args: found[-1].append(args[0].shape[1])
-    )
-    by_component.text.encode("warm")  # the template's beginning is read once
-    by_component.text.forget()
-    residence.leave()
+    handle = text.llama.layers[0].register_forward_pre_hook(lambda module, args: found[-1].append(args[0].shape[1]))
+    text.encode("warm")  # the template's beginning is read once
+    text.forget()
+    placement.leave()
     found.clear()
     yield found
     handle.remove()
@@ -407,14 +378,14 @@ def test_a_text_that_fails_fails_its_request_alone_and_at_its_turn(
 ) -> None:
     names = ["a cat", "a bad dog", "a star", "a circle"]
     four = [VideoRequest(prompt=p, seed=i, id=f"r{i}", steps=1, frames=1) for i, p in enumerate(names)]
-    encode = type(by_component.text).encode
+    encode = TextEncoder.encode
 
     def failing(self: object, prompt: str, prompt_2: str | None = None) -> object:
         if "bad" in prompt:
             raise error
         return encode(self, prompt, prompt_2)
 
-    monkeypatch.setattr(type(by_component.text), "encode", failing)
+    monkeypatch.setattr(TextEncoder, "encode", failing)
     engine = Engine(by_component, max_batch_size=1, keep_latents=True)
     for request in four:
         engine.submit(request)

@@ -245,6 +245,7 @@ EVERYTHING = {
     "true_cfg": 2.0,
     "flow_shift": 5.0,
     "attention_rule": "own-frame",
+    "vae_tiling": 128,
     "fps": 12,
     "id": "tom",
     "tags": ["night", "fur"],

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from reelbatch.jobs import report as room
 from reelbatch.jobs.manifest import JobRow, State, VideoRow
-from reelbatch.jobs.report import as_json, file_url, group_faults, page, stretches, throughput, write_report
+from reelbatch.jobs.report import page, write_report
+from reelbatch.jobs.report_data import as_json, file_url, group_faults, stretches, throughput
 
 HOSTILE = (
     "</script><script>alert(1)</script>",

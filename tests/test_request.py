@@ -48,6 +48,12 @@ def refusal(**fields: object) -> str:
         ({"guidance": False}, "guidance=False must be a number"),
         ({"true_cfg": 0.5}, "true_cfg=0.5 must be a number, 1 (off) or more; nearest: 1"),
         ({"flow_shift": 0}, "flow_shift=0 must be a number above 0"),
+        (
+            {"vae_tiling": 100},
+            "vae_tiling=100 must be 0 (whole) or a multiple of 32 from 64 to 1024; nearest: 0 or 256",
+        ),
+        ({"vae_tiling": 32}, "must be 0 (whole) or"),
+        ({"vae_tiling": True}, "vae_tiling=True must be 0 (whole) or"),
         ({"flow_shift": -math.inf}, "and finite"),
         ({"id": "a\nb"}, "id='a\\nb' must be printable"),
         ({"id": ""}, "must say something"),
@@ -127,6 +133,17 @@ def test_what_the_model_cannot_make_is_refused_with_the_nearest() -> None:
     assert frames == "frames=11 must be 4·k + 1 (1, 5, 9, …) for this model; nearest: 9 or 13"
 
 
+def test_attention_rules_are_those_of_the_model() -> None:
+    request = VideoRequest(prompt="a cat", attention_rule="own-fram")
+    assert request.for_model(REAL).attention_rule == "own-fram"  # a model that names none is not asked
+    names = ["own-frame", "sliding-tile"]
+    limits = ModelLimits(attention_rules=lambda: names)
+    with pytest.raises(RequestError, match="'own-fram' is not registered; did you mean 'own-frame'"):
+        request.for_model(limits)
+    names.append("own-fram")  # rules may be registered later
+    assert request.for_model(limits).attention_rule == "own-fram"
+
+
 @given(
     height=st.integers(1, 5000),
     width=st.integers(1, 5000),
@@ -190,6 +207,16 @@ def test_whatever_is_asked_there_is_a_request_or_a_request_error(fields: dict[st
 )
 def test_cfg_needs_a_scale_and_a_negative_prompt(fields: dict[str, object], uses: bool) -> None:
     assert VideoRequest(prompt="a cat", **fields).uses_cfg is uses
+
+
+def test_what_earlier_versions_did_not_know_is_written_only_where_it_says_something() -> None:
+    request = VideoRequest(prompt="a cat")
+    assert "vae_tiling" not in request.model_dump(mode="json")
+    assert "vae_tiling" not in request.model_dump_json()
+    for side in (0, 256):
+        tiled = request.model_copy(update={"vae_tiling": side})
+        assert tiled.model_dump(mode="json")["vae_tiling"] == side
+        assert VideoRequest(**tiled.model_dump(mode="json")) == tiled
 
 
 def test_a_character_that_no_database_and_no_file_name_holds_is_refused() -> None:

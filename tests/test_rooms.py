@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import pytest
 
+import reelbatch
+
 PACKAGE = Path(__file__).parents[1] / "src" / "reelbatch"
 
 LEVELS: tuple[tuple[str, ...], ...] = (
@@ -26,7 +28,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("tune",),
     ("demo",),
     ("train",),
-    ("jobs", "repair"),
+    ("jobs", "repairs"),
     ("engine",),
     ("loading",),
     ("memory",),
@@ -34,7 +36,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("attention",),
     ("ragged", "video", "geometry"),
     ("request",),
-    ("device", "versions"),
+    ("device", "versions", "tracing", "files"),
     ("wording",),
 )
 """Rooms from the top down. A room may import from itself and from rooms of lower levels. `reelbatch` itself, whose
@@ -42,7 +44,7 @@ names are those of users, is imported by no room, its version aside."""
 
 MOST_LINES = 400
 MOST_ENGINE_LINES = 200
-FAMILY_ROOMS = ("models/hunyuan_video", "models/hunyuan_video15", "loading", "demo", "repair")
+FAMILY_ROOMS = ("models/hunyuan_video", "models/hunyuan_video15", "loading", "demo", "repairs")
 """Rooms that may name what one family of models has."""
 FAMILY_NAMES = {
     "a text encoder": re.compile(r"(?i:llama|qwen|byt5)|\bCLIP|\btext\w*\.clip\b|\bclip_(text|tokenizer|model)"),
@@ -222,3 +224,8 @@ def test_only_families_and_loading_name_what_one_family_has(what: str) -> None:
         if not file.startswith(FAMILY_ROOMS) and FAMILY_NAMES[what].search(line)
     ]
     assert not named, "\n".join(named)
+
+
+def test_no_public_name_is_that_of_a_module() -> None:
+    """Importing a module sets it on the package, in the place of a function of the same name."""
+    assert set(reelbatch.__all__) & set(modules()) == set()

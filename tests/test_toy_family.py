@@ -1,4 +1,4 @@
-"""The seam: a family that is nothing like HunyuanVideo keeps every promise of the engine, which knows it by `Family`."""
+"""The seam: a family that is nothing like HunyuanVideo keeps every promise of the engine, which knows a `Family`."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .engine.engine import Engine
     from .models.hunyuan_video.transformer import HunyuanVideoTransformer3DModel
-    from .repair.repair import repair, restore
+    from .repairs.repair import repair, restore
     from .request import VideoRequest
     from .video import Video
 
@@ -32,9 +32,10 @@ __all__ = [
     "restore",
 ]
 
-# What torchao and PyTorch log while Diffusers imports torchao (of GPU kernels, of deprecations) is not for those who
-# make videos. A level that a program has set stays.
-for _logger in map(logging.getLogger, ("torchao", "diffusers.quantizers.torchao", "torch.utils._pytree")):
+# What libraries log while they are imported (torchao's GPU kernels and deprecations; an image processor of transformers
+# that Diffusers' pipelines import, and no video needs) is not for those who make videos. A level that is set stays.
+_TALKATIVE = ("torchao", "diffusers.quantizers.torchao", "torch.utils._pytree", "transformers.utils.import_utils")
+for _logger in map(logging.getLogger, _TALKATIVE):
     if _logger.level == logging.NOTSET:
         _logger.setLevel(logging.ERROR)
 
@@ -44,8 +45,8 @@ _HOMES = {
     "HunyuanVideoTransformer3DModel": ".models.hunyuan_video.transformer",
     "Video": ".video",
     "VideoRequest": ".request",
-    "repair": ".repair.repair",
-    "restore": ".repair.repair",
+    "repair": ".repairs.repair",
+    "restore": ".repairs.repair",
 }
 
 

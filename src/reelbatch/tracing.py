@@ -1,8 +1,8 @@
 """How much memory some work takes: it runs on fake tensors, and the bytes alive at its worst moment are counted.
 
-Fake tensors have a shape, a dtype and a device, and no memory. The networks' own code runs on them, so what is counted is
-what that code does, whichever network it is. Networks of many equal parts say so (`run_block`, `run_tile`), so that a
-trace runs one of them; functions that keep tensors are `cached`, so that no fake tensor outlives its trace.
+Fake tensors have a shape, a dtype and a device, and no memory. The networks' own code runs on them, so what is counted
+is what that code does, whichever network it is. Networks of many equal parts say so (`run_block`, `run_tile`), so that
+a trace runs one of them; functions that keep tensors are `cached`, so that no fake tensor outlives its trace.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ CONV_BLOCK = 16
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
     """The most bytes that tensors created by `work` take at once.
 
-    What was there before (weights, inputs) does not count and is not changed. Views count once, with their storage. What
-    an operator takes besides its result counts for convolutions, where it is large; elsewhere not.
+    What was there before (weights, inputs) does not count and is not changed. Views count once, with their storage.
+    What an operator takes besides its result counts for convolutions, where it is large; elsewhere not.
 
     Args:
         work: runs without gradients. Where it reads a tensor's values, it gets True or 1.
@@ -63,7 +63,7 @@ class _Trace(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = tree_map_only(Tensor, self._input, (args, kwargs or {}))
-        convolution = args[:2] if func is torch.ops.aten.convolution.default else None
+        convolution: Any = args[:2] if func is torch.ops.aten.convolution.default else None
         if func is torch.ops.aten.mkldnn_convolution.default:  # has no kernel for fake tensors
             convolution, (padding, stride, dilation, groups) = args[:2], args[3:]
             func = partial(torch.ops.aten.convolution.default, *args[:3], stride, padding, dilation, False)
@@ -77,7 +77,9 @@ class _Trace(TorchDispatchMode):
             if isinstance(leaf, Tensor):
                 self._add(leaf, leaf.untyped_storage().nbytes())
         if convolution:
-            self.peak = max(self.peak, self.live + _convolution_bytes(result, *convolution, self.on_cpu))
+            self.peak = max(
+                self.peak, self.live + _convolution_bytes(result, convolution[0], convolution[1], self.on_cpu)
+            )
         return result
 
     def _input(self, tensor: Tensor) -> Tensor:
@@ -125,9 +127,9 @@ _thread = _Thread()
 def _convolution_bytes(result: Tensor, images: Tensor, weight: Tensor, on_cpu: bool) -> int:
     """What a convolution takes besides input and result.
 
-    oneDNN computes in blocks of channels: it copies the input into that layout, and then its result out of it. For dtypes
-    that it does not compute in, PyTorch writes out every window of the input. A GPU's workspace is taken to be as large as
-    oneDNN's copies; it was not measured.
+    oneDNN computes in blocks of channels: it copies the input into that layout, and then its result out of it. For
+    dtypes that it does not compute in, PyTorch writes out every window of the input. A GPU's workspace is taken to be
+    as large as oneDNN's copies; it was not measured.
     """
     if on_cpu and not _onednn_computes(result.dtype):
         return result.numel() // result.shape[1] * math.prod(weight.shape[1:]) * result.element_size()
@@ -154,18 +156,18 @@ def tracing() -> bool:
 
 
 def run_block(block: nn.Module, packs: list[R]) -> list[R]:
-    """`block(packs)`, for blocks whose output takes as much as their input. A trace runs one of those that are alike."""
+    """`block(packs)`, for blocks whose output takes as much as their input. A trace runs one of equal ones."""
     if _thread.trace is None:
-        return block(packs)  # type: ignore[no-any-return]
+        return block(packs)
     alike = type(block), tuple((name, weight.shape, weight.dtype) for name, weight in block.named_parameters())
     return _thread.trace.run(alike, lambda: block(packs), lambda _: packs)
 
 
-def run_tile(network: Callable[[Tensor], Tensor], tile: Tensor) -> Tensor:
-    """`network(tile)`. A trace runs one of the tiles of each shape."""
+def run_tile(kind: str, network: Callable[[Tensor], Tensor], tile: Tensor) -> Tensor:
+    """`network(tile)`. A trace runs one of the tiles of each kind and shape."""
     if _thread.trace is None:
         return network(tile)
-    return _thread.trace.run((tile.shape, tile.dtype), lambda: network(tile), _empty)
+    return _thread.trace.run((kind, tile.shape, tile.dtype), lambda: network(tile), _empty)
 
 
 def _empty(shapes: list[tuple[torch.Size, torch.dtype, torch.device]]) -> Tensor:
@@ -187,7 +189,7 @@ class Cached(Generic[P, R]):
         results, key = _thread.trace.results, (self, args, tuple(kwargs.items()))
         if key not in results:
             results[key] = self._function(*args, **kwargs)
-        return results[key]  # type: ignore[no-any-return]
+        return results[key]
 
 
 def cached(maxsize: int) -> Callable[[Callable[P, R]], Cached[P, R]]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -21,6 +20,7 @@ from reelbatch.attention import flex, varlen
 from reelbatch.attention.rules import RuleMask
 from reelbatch.attention.setting import HALF, Heads, Mask, Rows, Setting
 from reelbatch.ragged import Lengths
+from reelbatch.tracing import cached
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class Choice(NamedTuple):
     why: str
 
 
-@lru_cache(maxsize=256)
+@cached(maxsize=256)
 def choose(setting: Setting, named: str = AUTO) -> Choice:
     """The backend for a setting.
 

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from torch.nn.attention.flex_attention import flex_attention
-from torch.nn.functional import pad
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from reelbatch.attention.rules import RuleMask, bucket, unrestricted
 from reelbatch.attention.setting import HALF, Heads, Mask, Setting
+from reelbatch.tracing import tracing
 
 COMPILERS = ("g++", "clang++", "c++")
 COMPILED = 1024
@@ -35,9 +36,11 @@ def attend(query: Heads, key: Heads, value: Heads, mask: Mask) -> Heads:
     """Attention of one sample under its rules, or unrestricted."""
     queries, keys = query.shape[2], key.shape[2]
     block_mask = mask.block_mask if isinstance(mask, RuleMask) else unrestricted(queries, keys, query.device)
-    laid = (_lay_into_bucket(part) for part in (query, key, value))
+    query, key, value = (_lay_into_bucket(part) for part in (query, key, value))
+    if tracing():  # which compiles nothing; a kernel in one piece takes as much
+        return scaled_dot_product_attention(query, key, value)[:, :, :queries]
     with torch._dynamo.config.patch(recompile_limit=COMPILED, accumulated_recompile_limit=COMPILED):
-        return _compiled()(*laid, block_mask=block_mask)[:, :, :queries]
+        return _compiled()(query, key, value, block_mask=block_mask)[:, :, :queries]
 
 
 def _lay_into_bucket(rows: Heads) -> Heads:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import pad
+
+from reelbatch.tracing import cached
 
 BLOCK = 128
 """Tokens on a side of a block; FlexAttention's own default."""
@@ -273,7 +275,7 @@ def bucket(tokens: int) -> int:
     return -(-blocks // step) * step * BLOCK
 
 
-@lru_cache(maxsize=16)
+@cached(maxsize=16)
 @torch.inference_mode(False)
 def unrestricted(queries: int, keys: int, device: torch.device) -> BlockMask:
     """The block mask, over buckets of rows, with which every query may attend to every key."""
@@ -332,7 +334,7 @@ def coordinates(grid: tuple[int, int, int], text: int, device: torch.device) -> 
     return Tokens(frame, row, column, frame < 0)
 
 
-@lru_cache(maxsize=16)
+@cached(maxsize=16)
 @torch.inference_mode(False)  # what is kept may serve training next
 def compile_rules(
     rules: HeadRules, heads: int, grid: tuple[int, int, int], text: int, device: torch.device

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from functools import cache
 from inspect import signature
 from itertools import accumulate
 from typing import Any, NamedTuple, cast
@@ -13,6 +13,7 @@ from torch import Tensor
 from reelbatch.attention.setting import AMPERE, HALF, Heads, Mask, Rows, Setting, compute_capability
 from reelbatch.device import is_out_of_memory
 from reelbatch.ragged import Lengths
+from reelbatch.tracing import cached
 
 
 class Support(NamedTuple):
@@ -71,7 +72,7 @@ def note(capability: tuple[int, int]) -> str | None:
     return support(capability).note if _is_there() and capability >= AMPERE else None
 
 
-@cache
+@cached(maxsize=8)
 def support(capability: tuple[int, int]) -> Support:
     """What `varlen_attn` takes on the CUDA devices of a compute capability; tried once a process, on 16 tokens.
 
@@ -110,7 +111,7 @@ def _device() -> torch.device:
     return torch.device("cuda")
 
 
-@lru_cache(maxsize=64)
+@cached(maxsize=64)
 def _boundaries(lengths: Lengths, device: torch.device) -> Tensor:
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 

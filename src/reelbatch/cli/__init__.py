@@ -6,10 +6,10 @@ import os
 import signal
 import sys
 
-from reelbatch.cli import generate, job, look, plan, train, tune  # in the order of --help
+from reelbatch.cli import generate, job, model_info, plan, train, tune  # in the order of --help
 from reelbatch.cli.common import BAD_INPUT, INTERRUPTED, SOME_FAILED, app, console
 
-__all__ = ["app", "generate", "job", "look", "main", "plan", "train", "tune"]
+__all__ = ["app", "generate", "job", "main", "model_info", "plan", "train", "tune"]
 
 
 def main() -> None:
@@ -20,8 +20,8 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("REELBATCH_DEBUG"):
             raise
-        told = str(error).strip() or type(error).__name__
+        message = str(error).strip() or type(error).__name__
         expected = isinstance(error, ValueError | OSError)
         kind = "" if expected else f" ({type(error).__name__}; REELBATCH_DEBUG=1 shows where)"
-        console.print(f"error: {told}{kind}", style="red", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"error: {message}{kind}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(BAD_INPUT if expected else SOME_FAILED)

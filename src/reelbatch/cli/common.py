@@ -33,7 +33,7 @@ OUTPUT = "What comes out"
 MEASURED = "What is measured"
 BOUNDS = "What it keeps to"
 
-# What libraries say while they are imported is not for the people who run commands.
+# What libraries say while they are imported is not for those who run commands.
 for _library in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
     os.environ.setdefault(_library, "error")
 
@@ -99,6 +99,11 @@ def check_writable(out: Path) -> None:
 
 
 def quiet_libraries() -> None:
+    """Diffusers and transformers show no bars and no warnings of their own from now on: a command shows its own.
+
+    Loading is quiet by itself; this is for what they say while they work, and for the modules that a command imports
+    late.
+    """
     import diffusers
     import transformers
 

@@ -8,14 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
-from reelbatch.cli import options as given
 from reelbatch.cli.common import OUTPUT, app, check_writable, warnings_as_lines
-from reelbatch.cli.making import Plan, check_requests, make, request_fields
+from reelbatch.cli.options import EngineOptions, RequestOptions, with_options
+from reelbatch.cli.run import make, plan_of, warn
 
 
 @app.command()
+@with_options
 def generate(
-    context: typer.Context,
     prompts: Annotated[list[str] | None, typer.Argument(help="Prompts, each in quotes.")] = None,
     prompt_file: Annotated[
         Path | None,
@@ -24,31 +24,9 @@ def generate(
             help="A file of prompts: .txt (one a line), .jsonl, .csv or .parquet (any request field, and `copies`).",
         ),
     ] = None,
-    copies: given.Copies = None,
-    prompt_2: given.Prompt2 = None,
-    negative_prompt: given.NegativePrompt = None,
-    seed: given.Seed = 0,
-    height: given.Height = None,
-    width: given.Width = None,
-    frames: given.Frames = None,
-    steps: given.Steps = None,
-    guidance: given.Guidance = None,
-    true_cfg: given.TrueCfg = None,
-    flow_shift: given.FlowShift = None,
-    fps: given.Fps = None,
-    attention_rule: given.AttentionRule = None,
-    tag: given.Tag = None,
-    model: given.Model = "demo",
-    device: given.Device = "auto",
-    dtype: given.Dtype = "auto",
-    isolation: given.IsolationOption = "exact",
-    attention: given.AttentionOption = "auto",
-    batch_size: given.BatchSize = None,
-    batch_tokens: given.BatchTokens = None,
-    max_memory: given.MaxMemory = None,
-    lora: given.LoraOption = None,
-    offload: given.OffloadOption = None,
-    checkpoint_every: given.CheckpointEvery = None,
+    *,
+    asked: RequestOptions,
+    options: EngineOptions,
     out: Annotated[Path, typer.Option(help="Folder for the videos.", rich_help_panel=OUTPUT)] = Path("out"),
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Make again, and replace, what is there.", rich_help_panel=OUTPUT)
@@ -76,22 +54,14 @@ def generate(
     from reelbatch.loading.hub import resolve
     from reelbatch.loading.inspection import inspect
 
-    options = context.params
-    info = inspect(resolve(model))
+    info = inspect(resolve(options.model))
     entries = _entries(prompts or [], prompt_file)
-    requests = make_requests(entries, request_fields(options), first_seed=seed, limits=info.limits)
-    check_requests(requests, info)
+    requests = make_requests(entries, asked.request_fields, first_seed=asked.seed, limits=info.limits)
+    warn(requests, info)
+    plan = plan_of(options, requests, info)
     check_writable(out)
     with warnings_as_lines():
-        code = make(
-            Plan(requests, info, options),
-            Manifest.in_folder(out),
-            out,
-            mode="add",
-            overwrite=overwrite,
-            checkpoint_every=checkpoint_every,
-            as_json=as_json,
-        )
+        code = make(plan, Manifest.in_folder(out), out, mode="add", overwrite=overwrite, as_json=as_json)
     raise typer.Exit(code)
 
 

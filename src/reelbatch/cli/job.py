@@ -7,26 +7,26 @@ import json
 import shutil
 import sys
 import time
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console, Group
+from rich.console import Console
 from rich.live import Live
 
-from reelbatch.cli import options as given
 from reelbatch.cli.common import OUTPUT, SOME_FAILED, app, check_writable, console, say, warnings_as_lines
-from reelbatch.cli.making import Plan, check_requests, job_settings, make, request_fields
+from reelbatch.cli.job_views import show_outlook, status_record, status_table
+from reelbatch.cli.options import EngineOptions, RequestOptions, with_options
+from reelbatch.cli.run import Plan, make, measured, plan_of, warn
 
 if TYPE_CHECKING:
+    from reelbatch.jobs.job import Mode
     from reelbatch.jobs.manifest import Manifest, VideoRow
     from reelbatch.jobs.outlook import Outlook
 
 SELECTION = "Which of them"
 WATCH_SECONDS = 2.0
-SHOWN_ERRORS = 10
 
 job = typer.Typer(
     no_args_is_help=True,
@@ -49,12 +49,13 @@ AsJson = Annotated[bool, typer.Option("--json", help="For scripts: JSON, and not
 
 
 @job.command()
+@with_options
 def run(
-    context: typer.Context,
     prompts: Annotated[
         Path, typer.Argument(help="A prompt file: .txt, .csv, .tsv, .jsonl, .parquet, or VBench_full_info.json.")
     ],
-    copies: given.Copies = None,
+    *,
+    asked: RequestOptions,
     only: Annotated[
         list[str] | None,
         typer.Option(help="As tag=animal or seed=3; may be repeated, and all must hold.", rich_help_panel=SELECTION),
@@ -63,30 +64,7 @@ def run(
     shuffle: Annotated[
         bool, typer.Option("--shuffle", help="In a random order, the same each time.", rich_help_panel=SELECTION)
     ] = False,
-    prompt_2: given.Prompt2 = None,
-    negative_prompt: given.NegativePrompt = None,
-    seed: given.Seed = 0,
-    height: given.Height = None,
-    width: given.Width = None,
-    frames: given.Frames = None,
-    steps: given.Steps = None,
-    guidance: given.Guidance = None,
-    true_cfg: given.TrueCfg = None,
-    flow_shift: given.FlowShift = None,
-    fps: given.Fps = None,
-    attention_rule: given.AttentionRule = None,
-    tag: given.Tag = None,
-    model: given.Model = "demo",
-    device: given.Device = "auto",
-    dtype: given.Dtype = "auto",
-    isolation: given.IsolationOption = "exact",
-    attention: given.AttentionOption = "auto",
-    batch_size: given.BatchSize = None,
-    batch_tokens: given.BatchTokens = None,
-    max_memory: given.MaxMemory = None,
-    lora: given.LoraOption = None,
-    offload: given.OffloadOption = None,
-    checkpoint_every: given.CheckpointEvery = None,
+    options: EngineOptions,
     out: Out = Path("out"),
     manifest: Url = None,
     naming: Annotated[
@@ -136,35 +114,29 @@ def run(
 
     if add and as_new:
         raise ValueError("--add and --as-new were given; --add keeps what is there, --as-new does not: give one")
-    info = inspect(resolve(model))
-    fields = request_fields(context.params)
+    info = inspect(resolve(options.model))
     entries = read_entries(prompts)
     if names_from is not None:
         entries = named_after(entries, names_from)
-    requests = make_requests(entries, fields, first_seed=seed, limits=info.limits)
+    requests = make_requests(entries, asked.request_fields, first_seed=asked.seed, limits=info.limits)
     requests = only_those(requests, only or [])
-    requests = (shuffled(requests, seed) if shuffle else requests)[:limit]
+    requests = (shuffled(requests, asked.seed) if shuffle else requests)[:limit]
     if not requests:
         raise ValueError(f"--only {' --only '.join(only or [])} leaves none of the prompts in {prompts}")
-    check_requests(requests, info)
+    warn(requests, info)
     if naming == "vbench":
         for problem in vbench_problems(requests):
             say(f"warning: {problem}", style="yellow")
-    plan = Plan(requests, info, context.params)
+    plan = plan_of(options, requests, info)
     if dry_run:
-        _show_outlook(_outlook(plan, out, manifest), as_json)
+        if plan.advice:
+            say(plan.advice)
+        show_outlook(_outlook(plan, out, manifest), as_json)
         return
     check_writable(out)
+    mode: Mode = "add" if add else "new" if as_new else "resume"
     with warnings_as_lines():
-        code = make(
-            plan,
-            Manifest.in_folder(out, manifest),
-            out,
-            mode="add" if add else "new" if as_new else "resume",
-            naming=naming,
-            checkpoint_every=checkpoint_every,
-            as_json=as_json,
-        )
+        code = make(plan, Manifest.in_folder(out, manifest), out, mode=mode, naming=naming, as_json=as_json)
     raise typer.Exit(code)
 
 
@@ -178,14 +150,14 @@ def status(
     """Show how far a job is, how fast, and what failed."""
     opened = _open(out, manifest)
     if as_json:
-        typer.echo(json.dumps(_status_record(opened)))
+        typer.echo(json.dumps(status_record(opened)))
         return
     if not watch:
-        Console().print(_status_table(opened))
+        Console().print(status_table(opened))
         return
-    with Live(_status_table(opened), auto_refresh=False) as live:
+    with Live(status_table(opened), auto_refresh=False) as live:
         while True:
-            live.update(_status_table(opened), refresh=True)
+            live.update(status_table(opened), refresh=True)
             time.sleep(WATCH_SECONDS)
 
 
@@ -298,54 +270,8 @@ def _refuse_unknown(manifest: Manifest, ids: Sequence[str]) -> None:
         raise ValueError(f"no video has the id {', '.join(unknown)}; `reelbatch job export` lists all of them")
 
 
-# -- status, in parts ------------------------------------------------------------------------------
-
-
-def _status_record(manifest: Manifest) -> dict[str, Any]:
-    from reelbatch.jobs.manifest import State
-    from reelbatch.jobs.outlook import pace
-
-    rows = manifest.rows()
-    found = pace(rows)
-    counts = manifest.counts()
-    failed = [
-        {"id": row.id, "prompt": row.prompt, "seed": row.seed, "attempts": row.attempts, "error": row.error}
-        for row in rows
-        if row.state == State.FAILED
-    ]
-    return {
-        "videos": len(rows),
-        **{str(state): count for state, count in counts.items()},
-        "videos_per_hour": found.videos_per_hour,
-        "seconds_left": found.seconds_left,
-        "failures": failed,
-    }
-
-
-def _status_table(manifest: Manifest) -> Group:
-    from rich.table import Table
-    from rich.text import Text
-
-    from reelbatch.wording import duration
-
-    found = _status_record(manifest)
-    table = Table("state", "videos", "", box=None, padding=(0, 2, 0, 0))
-    for state in ("done", "running", "waiting", "failed", "cancelled"):
-        share = found[state] / found["videos"] if found["videos"] else 0
-        table.add_row(state, f"{found[state]:,}", "█" * round(40 * share))
-    rate, left = found["videos_per_hour"], found["seconds_left"]
-    pace = "" if rate is None else f"{rate:,.0f} videos an hour"
-    if left:
-        pace += f"; about {duration(left)} left while it runs like that"
-    errors = Counter(failure["error"] for failure in found["failures"])
-    told = [Text(f"{count} × {error}", style="red") for error, count in errors.most_common(SHOWN_ERRORS)]
-    return Group(table, Text(pace), *told)
-
-
-# -- dry run ---------------------------------------------------------------------------------------
-
-
 def _outlook(plan: Plan, out: Path, url: str | None) -> Outlook:
+    from reelbatch.jobs.job import settings_of
     from reelbatch.jobs.manifest import FILE, Manifest
     from reelbatch.jobs.outlook import look_ahead
 
@@ -353,31 +279,5 @@ def _outlook(plan: Plan, out: Path, url: str | None) -> Outlook:
     if url is not None or (out / FILE).exists():
         rows = Manifest.in_folder(out, url, must_exist=True).rows()
     free = shutil.disk_usage(next(folder for folder in (out, *out.resolve().parents) if folder.exists())).free
-    settings = job_settings(plan, "default")
-    return look_ahead(plan.requests, settings, rows, plan.batch_size, plan.profile(), free)
-
-
-def _show_outlook(found: Outlook, as_json: bool) -> None:
-    from reelbatch.wording import duration
-
-    if as_json:
-        typer.echo(json.dumps(found.record()))
-        return
-    from rich.table import Table
-
-    table = Table("videos", "size", "frames", "steps", "branches", box=None, padding=(0, 2, 0, 0))
-    for kind, count in found.kinds.items():
-        table.add_row(f"{count:,}", f"{kind.width}×{kind.height}", *map(str, (kind.frames, kind.steps, kind.branches)))
-    answer = Console()
-    answer.print(table)
-    there = f" ({found.kept:,} of them are made already)" if found.kept else ""
-    time_ = f"about {duration(found.seconds)}" if found.seconds is not None else "unknown"
-    free = f"; {found.free_bytes / 2**30:,.1f} GiB are free" if found.free_bytes is not None else ""
-    for line in (
-        f"{found.videos:,} videos of {found.prompts:,} prompts{there}, in about {found.batches:,} batches of "
-        f"{found.batch_size}",
-        f"time: {time_} ({found.time_from})",
-        f"disk: about {found.bytes / 2**20:,.1f} MiB ({found.disk_from}){free}",
-        "nothing was made: leave --dry-run out to make them",
-    ):
-        answer.print(line, markup=False, highlight=False, soft_wrap=True)
+    settings = settings_of(plan.config, plan.info, "default")
+    return look_ahead(plan.requests, settings, rows, plan.config.max_batch_size, measured(plan), free)

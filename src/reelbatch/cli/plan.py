@@ -34,6 +34,10 @@ def plan(
     max_memory: Annotated[
         str | None, typer.Option(help="What may be used, such as 20GiB; what the device has if not given.")
     ] = None,
+    vae_tiling: Annotated[
+        int | None,
+        typer.Option(help="Side of the VAE's tiles in pixels, 0 for none; the model's own rule if not given."),
+    ] = None,
     calibrate: Annotated[
         bool,
         typer.Option(
@@ -73,6 +77,7 @@ def plan(
         isolation=isolation,
         offload=offload,
         max_memory=None if max_memory is None else parse_bytes(max_memory),
+        vae_tiling=vae_tiling,
     )
     if as_json:
         typer.echo(json.dumps(found.record()))
@@ -87,11 +92,11 @@ def _show_plan(found: Answer) -> None:
     from reelbatch.memory.estimate import how_far_off
     from reelbatch.tune.plan import LARGEST_BATCH, PHASES
 
-    setup, shape = found.setup, found.setup.shape
+    setup, request = found.setup, found.setup.request
     title = (
-        f"{setup.network.name}: {setup.batch_size} × {shape.width}×{shape.height}, {shape.frames} frames"
-        f"{', true CFG' if shape.cfg else ''}; {setup.precision}, {setup.isolation}, offload {setup.offload}, "
-        f"{setup.device}"
+        f"{setup.model.name}: {setup.batch_size} × {request.width}×{request.height}, {request.frames} frames"
+        f"{', true CFG' if request.uses_cfg else ''}; {setup.precision}, {setup.isolation}, offload {setup.offload}, "
+        f"{setup.model.device}"
     )
     table = Table("phase", title=title)
     for column in ("weights GiB", "activations GiB", "estimated peak GiB"):
@@ -117,4 +122,4 @@ def _show_plan(found: Answer) -> None:
     tell(f"largest batch that fits as it is set: {most if found.largest_batch else 'none'}")
     if found.calibrated:
         tell(found.calibrated)
-    tell(how_far_off(setup.device))
+    tell(how_far_off(setup.model.device))

@@ -25,9 +25,11 @@ from reelbatch.cli.common import (
     say,
     warnings_as_lines,
 )
+from reelbatch.cli.options import AttentionOption, Device, Dtype, Model
 
 if TYPE_CHECKING:
     from reelbatch.loading.inspection import ModelInfo
+    from reelbatch.tune.quality import Scene
     from reelbatch.tune.workload import Workload
 
 
@@ -55,11 +57,9 @@ def tune(
         float | None,
         typer.Option(help="Classifier-free guidance scale; above 1, a step costs two.", rich_help_panel=MEASURED),
     ] = None,
-    model: Annotated[
-        str, typer.Option(help="demo, a folder in the Diffusers layout, or a hub id.", rich_help_panel=ENGINE)
-    ] = "demo",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N.", rich_help_panel=ENGINE)] = "auto",
-    dtype: Annotated[str, typer.Option(help="As `generate` takes it.", rich_help_panel=ENGINE)] = "auto",
+    model: Model = "demo",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     dtypes: Annotated[
         str | None,
         typer.Option(
@@ -67,9 +67,7 @@ def tune(
             rich_help_panel=ENGINE,
         ),
     ] = None,
-    attention: Annotated[
-        str, typer.Option(help="Attention kernel: auto, or a name that `doctor` shows.", rich_help_panel=ENGINE)
-    ] = "auto",
+    attention: AttentionOption = "auto",
     offload: Annotated[
         Literal["none", "component", "block"] | None,
         typer.Option(
@@ -113,10 +111,12 @@ def tune(
     Other programs on the machine make the figures worse: measure when it is quiet. Ctrl-C keeps what was measured.
     """
     from reelbatch.device import parse_bytes
-    from reelbatch.tune import report as tune_report
-    from reelbatch.tune import run as tune_run
+    from reelbatch.engine.config import EngineConfig
     from reelbatch.tune.choose import Limits
-    from reelbatch.tune.display import Display
+    from reelbatch.tune.display import display
+    from reelbatch.tune.report import record, terminal
+    from reelbatch.tune.run import Tuning, parse_dtypes, parse_seconds
+    from reelbatch.tune.write import write
 
     if show:
         _show_profiles(as_json)
@@ -124,45 +124,45 @@ def tune(
     if dtypes is not None and dtype != "auto":
         raise ValueError(f"--dtype {dtype} and --dtypes {dtypes} were given; give one of them")
     limits = Limits(
-        None if max_latency is None else tune_run.parse_seconds(max_latency, "--max-latency"),
+        None if max_latency is None else parse_seconds(max_latency, "--max-latency"),
         None if max_memory is None else parse_bytes(max_memory),
     )
-    seconds = tune_run.parse_seconds(budget, "--budget")
-    several = [dtype] if dtypes is None else tune_run.parse_dtypes(dtypes)
+    seconds = parse_seconds(budget, "--budget")
+    several = [dtype] if dtypes is None else parse_dtypes(dtypes)
+    config = EngineConfig(model=model, device=device, attention=attention)
     info, workloads = _workloads(model, shape or [], prompt_file, steps, true_cfg, max_batch)
     check_writable(out)
     quiet_libraries()
-    with warnings_as_lines(), interruptible() as interrupted, Display(console) as display:
-        found = tune_run.tune(
+    with warnings_as_lines(), interruptible() as interrupted, display(console) as show_update:
+        report = Tuning(
             info,
             workloads,
-            device=device,
+            config,
             dtypes=several,
             against_fp32=dtypes is not None,
-            attention=attention,
+            offload=offload,
             budget=seconds,
             limits=limits,
             largest=max_batch,
-            offload=offload,
-            tell=display.tell,
+            on_update=show_update,
             stopping=lambda: bool(interrupted),
-        )
-    files = tune_report.write(found, out)
+        ).run()
+    files = write(report, out)
     if as_json:
-        typer.echo(json.dumps(tune_report.record(found)))
+        typer.echo(json.dumps(record(report)))
     else:
         answer = Console()
-        answer.print(tune_report.terminal(found, answer.width))
+        answer.print(terminal(report, answer.width))
     say(f"page: {files['html']}; figures: {files['json']}")
     if interrupted:
         say("stopped; this is what was measured until then, and no profile was stored")
         raise typer.Exit(INTERRUPTED)
-    if found.profiles:
+    if report.profiles:
         say(
             "stored: `generate` takes this batch size (and offload) when --batch-size is not given (tune --show lists "
             "what is stored)"
         )
-    raise typer.Exit(0 if all(swept.choice for swept in found.sweeps) else SOME_FAILED)
+    raise typer.Exit(0 if all(sweep.choice for sweep in report.sweeps) else SOME_FAILED)
 
 
 def _workloads(
@@ -175,7 +175,7 @@ def _workloads(
 ) -> tuple[ModelInfo, list[Workload]]:
     """The model, and what is to be measured with it."""
     from reelbatch.jobs.prompts import make_requests, read_entries
-    from reelbatch.loading.hub import resolve
+    from reelbatch.loading.hub import DEMO_FOLDER, resolve
     from reelbatch.loading.inspection import inspect
     from reelbatch.tune import workload
 
@@ -191,8 +191,17 @@ def _workloads(
         return info, [workload.of_mix(requests, prompt_file.name)]
     if true_cfg is not None and true_cfg > 1:
         fields["negative_prompt"] = ""
-    made = [workload.of_shape(info, fields | sizes, largest) for sizes in shapes]
-    return info, list({one.name: one for one in made}.values())
+    captions = _demo_captions if info.folder == DEMO_FOLDER else None
+    measured = [workload.of_shape(info, fields | sizes, largest, captions) for sizes in shapes]
+    return info, list({one.name: one for one in measured}.values())
+
+
+def _demo_captions(count: int) -> Sequence[tuple[Scene, str]]:
+    """Captions that the bundled model knows, with what they show: seen in training and not, in turn."""
+    from reelbatch.demo.evaluate import prompts
+
+    seen, unseen = prompts(2 * count)
+    return [pair for pairs in zip(seen, unseen, strict=True) for pair in pairs][:count]
 
 
 def _show_profiles(as_json: bool) -> None:
@@ -205,10 +214,10 @@ def _show_profiles(as_json: bool) -> None:
     stored = profiles.stored()
     if as_json:
         known = [
-            {"file": str(path), "profile": None, "problem": found}
-            if isinstance(found, str)
-            else {"file": str(path), "profile": found.model_dump(mode="json"), "problem": profiles.stale(found)}
-            for path, found in stored
+            {"file": str(path), "profile": None, "problem": profile}
+            if isinstance(profile, str)
+            else {"file": str(path), "profile": profile.model_dump(mode="json"), "problem": profiles.stale(profile)}
+            for path, profile in stored
         ]
         typer.echo(json.dumps(known))
         return
@@ -219,15 +228,15 @@ def _show_profiles(as_json: bool) -> None:
     for column in ("model", "shapes", "dtype", "batch", "isolation", "videos/h", "measured"):
         table.add_column(column, no_wrap=True)
     table.add_column("here")
-    for path, found in stored:
-        if isinstance(found, str):
-            table.add_row(path.name, *[""] * 6, found)
+    for path, profile in stored:
+        if isinstance(profile, str):
+            table.add_row(path.name, *[""] * 6, profile)
             continue
-        about = found.identity
+        about = profile.identity
         kind = about.dtype if about.attention == "auto" else f"{about.dtype}, {about.attention}"
-        how = found.isolation if found.offload == "none" else f"{found.isolation}, offload {found.offload}"
-        row = (about.model, about.shapes, kind, str(found.batch_size), how)
-        rate = f"{found.videos_per_hour:,.0f}" if found.videos_per_hour >= 100 else f"{found.videos_per_hour:.2f}"
-        table.add_row(*row, rate, str(found.measured), profiles.stale_in_short(found) or "usable")
+        how = profile.isolation if profile.offload == "none" else f"{profile.isolation}, offload {profile.offload}"
+        row = (about.model, about.shapes, kind, str(profile.batch_size), how)
+        rate = f"{profile.videos_per_hour:,.0f}" if profile.videos_per_hour >= 100 else f"{profile.videos_per_hour:.2f}"
+        table.add_row(*row, rate, str(profile.measured), profiles.stale(profile, brief=True) or "usable")
     Console().print(table)
     say(f"kept in {cache_folder()}; a file that is deleted there is forgotten")

@@ -70,6 +70,10 @@ class Scene:
     motion: str
     background: str
 
+    def attributes_in(self, clip: Clip) -> list[bool]:
+        """Whether `read` sees each attribute in a clip."""
+        return list(read(clip).matches(self).values())
+
 
 @dataclass(frozen=True)
 class Attributes:

@@ -14,9 +14,10 @@ import torch
 
 from reelbatch.device import choose_device, held_bytes
 from reelbatch.loading.hub import DEMO_FOLDER, model_name
+from reelbatch.loading.identity import any_shape
 from reelbatch.loading.precision import Precision
 from reelbatch.loading.skeleton import from_folder
-from reelbatch.memory.calibration import CORRECTED, Calibration, CorrectedPhase, fit, identity_of, store
+from reelbatch.memory.calibration import CORRECTED, ESTIMATES, Calibration, CorrectedPhase, fit, store
 from reelbatch.memory.estimate import LONGEST_PROMPT, Estimator, margin
 from reelbatch.request import ModelLimits, VideoRequest
 
@@ -47,15 +48,12 @@ def measure(folder: Path, device: torch.device, dtype: str) -> list[Peaks]:
     Raises:
         Exception: whatever making a video fails with.
     """
-    import transformers
-
     from reelbatch.engine.engine import Engine
     from reelbatch.engine.events import Event, Worked
     from reelbatch.loading.load import load
     from reelbatch.memory.gauge import memory_of, tidy
 
-    # importing these takes memory that is none of the model's
-    _ = transformers.LlamaModel, transformers.CLIPTextModel, transformers.PreTrainedTokenizerFast
+    # what was imported so far takes memory that is none of the model's
     before = held_bytes(device)
     engine = Engine(load(folder, device, dtype), gauge=memory_of(device))
     peaks: Peaks = {}
@@ -66,7 +64,7 @@ def measure(folder: Path, device: torch.device, dtype: str) -> list[Peaks]:
 
     engine.subscribe(listen)
     videos = small_videos(engine.limits)
-    results = []
+    results: list[Peaks] = []
     for request in [videos[0], *videos]:  # the first time, libraries are brought in
         tidy(device)
         peaks.clear()
@@ -91,7 +89,8 @@ def corrections(folder: Path, device: torch.device, dtype: str, measured: Sequen
             pairs[phase].append((getattr(estimated, phase), peak - estimated.weights[phase]))
             errors[phase].append(estimated.phases[phase] / peak - 1)
     return Calibration(
-        identity=identity_of(folder, model_name(folder), device, dtype),
+        identity=any_shape(folder, model_name(folder), device, dtype),
+        estimates=ESTIMATES,
         step=fit(pairs["step"]),
         decode=fit(pairs["decode"]),
         errors={phase: tuple(errors[phase]) for phase in CORRECTED},

@@ -1,8 +1,9 @@
 """Decoder: latents to frames, between the steps or beside them in a thread.
 
 What the thread reads of the engine: the sample that it was given, which nobody changes; the VAE's weights, which nobody
-moves before `wait` has returned. On a GPU it works in a stream of its own, which begins after what the engine's stream
-had written when the sample was handed over. It writes nothing but its result.
+moves before `wait` has returned, and which are all on the device (with an offload nothing is decoded beside). On a GPU
+it works in a stream of its own, which begins after what the engine's stream had written when the sample was handed
+over. It writes nothing but its result.
 """
 
 from __future__ import annotations
@@ -141,6 +142,7 @@ class Decoder:
         stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         if stream is not None:
             stream.wait_stream(torch.cuda.current_stream(self.device))  # until the latents are written
+            sample.latents.record_stream(stream)  # its memory is not given to others while the thread reads it
 
         def work() -> Decoded:
             started = time.perf_counter()

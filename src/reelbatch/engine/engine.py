@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from reelbatch.attention import Setting, choose
@@ -16,6 +17,7 @@ from reelbatch.engine.results import Cancelled, FailedRequests, Failure
 from reelbatch.engine.sample import SavedState
 from reelbatch.engine.scheduler import State
 from reelbatch.loading.hub import resolve
+from reelbatch.loading.identity import any_shape
 from reelbatch.loading.load import load
 from reelbatch.loading.model import Model
 from reelbatch.memory.calibration import Calibration, find
@@ -33,11 +35,10 @@ class Engine:
     Samples of any size, length, step count, guidance and progress share the steps of the transformer. In `exact`
     isolation a video is bit for bit the one its request gives alone; in `packed` it equals it to rounding.
 
-        engine = Engine.from_pretrained("demo")
-        videos = engine.generate([VideoRequest(prompt="a large red circle moving left on a black background")])
+        videos = Engine.from_pretrained("demo").generate("a large red circle moving left on a black background")
 
-    `submit` and `cancel` may be called from any thread, all else from one. Whatever a listener or a callback raises, no
-    request is lost: the next `step` goes on.
+    `submit` and `cancel` may be called from any thread, all else from one. Whatever a callback raises, no request is
+    lost: the next `step` goes on.
 
     Args:
         gauge: if given, measures the peak memory of each piece of work (`Worked.peak_bytes`).
@@ -45,9 +46,6 @@ class Engine:
         options: of `EngineConfig`, in the place of those in `config`.
 
     Attributes:
-        config: how it was opened. model: what it runs.
-        planner: who may share a step.
-        decode_beside: as of `EngineConfig`.
         on_progress: called with a `Progress` whenever a request gets further.
         should_cancel: asked with each request's id before each step; True is as `cancel`.
     """
@@ -61,9 +59,8 @@ class Engine:
         calibration: Calibration | None = None,
         **options: Any,
     ) -> None:
-        self.config = EngineConfig.of(**{**(vars(config) if config else {}), **options})
-        setting = Setting(model.device.type, model.family.dtype, "none")
-        choose(setting, self.config.attention)
+        self.config = replace(config or EngineConfig(), **options)
+        choose(Setting.on(model.device, model.family.dtype, "none"), self.config.attention)
         model.family.set_attention_backend(self.config.attention)
         self.model, self.calibration = model, calibration
         self.isolation, self.max_memory = self.config.isolation, self.config.max_memory
@@ -79,9 +76,8 @@ class Engine:
         """Opens a model folder and makes an engine of it.
 
         Args:
-            model: "demo" (the bundled little model), a folder in the Diffusers layout, or a hub id.
-            options: the other attributes of `EngineConfig`: device, dtype, isolation, max_batch_size, max_batch_tokens,
-                keep_latents, attention, max_memory, offload, lora, keep_pixels, decode_beside.
+            model, options: the attributes of `EngineConfig`: device, dtype, isolation, max_batch_size,
+                max_batch_tokens, keep_latents, attention, max_memory, offload, lora, keep_pixels, decode_beside.
 
         Raises:
             LoraError: if a LoRA file cannot be read, or is not of this model.
@@ -95,10 +91,10 @@ class Engine:
     def open(cls, config: EngineConfig) -> Engine:
         """Loads the model; a memory limit goes by what `reelbatch plan --calibrate` measured here, if it did."""
         model = load(resolve(config.model), config.device, config.dtype, config.offload, config.loras)
-        known = None if config.max_memory is None else find(model.folder, model.name, model.device, model.precision)
-        return cls(model, config, calibration=known and known.calibration)
-
-    # -- asking ------------------------------------------------------------------------------------
+        if not config.max_memory:
+            return cls(model, config)
+        about = any_shape(model.folder, model.name, model.device, model.precision)
+        return cls(model, config, calibration=find(about).calibration)
 
     @property
     def limits(self) -> ModelLimits:
@@ -115,12 +111,12 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether a request is in line, runs, is decoded, or has a result that was not handed out."""
+        """Whether there is a request whose result was not handed out."""
         return self._scheduler.busy
 
     @property
     def info(self) -> dict[str, Any]:
-        """What it takes to make these videos again: model, device, dtype, isolation, threads and versions."""
+        """What it takes to make these videos again."""
         return {
             "model": self.model.name,
             "device": str(self.model.device),
@@ -135,8 +131,6 @@ class Engine:
     def subscribe(self, listener: Callable[[Event], None]) -> None:
         """Has every event given to `listener`, between changes of state."""
         self._loop.publisher.listeners.append(listener)
-
-    # -- working -----------------------------------------------------------------------------------
 
     def submit(self, request: VideoRequest, saved: SavedState | None = None) -> str:
         """Puts a request in line and returns its id. It joins between two steps, as soon as there is room.
@@ -189,8 +183,7 @@ class Engine:
         submitted before go on beside these; what becomes of them comes out of `run` or `step`.
 
         Raises:
-            RequestError: before anything runs, if one of them cannot be made.
-            ValueError: before anything runs, if two have one id.
+            RequestError, ValueError: before anything runs, if one of them cannot be made, or two have one id.
             FailedRequests: after the others finished, if some failed; it holds the videos and the failures.
         """
         wanted = [request.for_model(self.limits) for request in as_requests(requests)]
@@ -202,7 +195,6 @@ class Engine:
         ended = {result.request.id: result for result in self._scheduler.take(ids)}
         results = [ended[id] for id in ids]
         videos = [result for result in results if isinstance(result, Video)]
-        failures = [result for result in results if isinstance(result, Failure)]
-        if failures:
+        if failures := [result for result in results if isinstance(result, Failure)]:
             raise FailedRequests(videos, failures)
         return videos

@@ -148,16 +148,14 @@ class Fallback:
     def _velocities(self, samples: list[Sample]) -> list[list[Tensor] | Exception]:
         """Of samples that share a forward: what fails is tried again in halves, until the sample that cannot be
         computed stands alone."""
+        if len(samples) == 1:
+            return [self._velocities_alone(samples[0])]
         try:
             self._calls += 1
             return [*self.runner.velocities(samples)]
         except Exception as error:
             ran_out = is_out_of_memory(error)
-            if len(samples) == 1 and not ran_out:
-                return [error]
         free_memory()  # outside of the handler, whose traceback held the failed step's activations
-        if len(samples) == 1:
-            return [self._velocities_alone(samples[0])]
         halves = self.planner.halves(samples)
         if ran_out:
             self.planner.limit_forward(halves)
@@ -166,6 +164,7 @@ class Fallback:
         return [velocity for half in halves for velocity in self._velocities(half)]
 
     def _velocities_alone(self, sample: Sample) -> list[Tensor] | Exception:
+        self._calls += 1
         try:
             work = partial(self.runner.velocities, [sample])
             return self.alone("a step", sample.request, work, self.reliefs("step"))[0][0]

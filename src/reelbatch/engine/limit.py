@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from reelbatch.device import OutOfMemory, gibibytes, held_bytes
 from reelbatch.engine.planner import Isolation
 from reelbatch.loading.model import Model
+from reelbatch.loading.skeleton import from_folder
 from reelbatch.memory.calibration import Calibration
 from reelbatch.memory.estimate import Estimator
 from reelbatch.models.family import Phase
@@ -22,7 +23,10 @@ class MemoryLimit:
 
     def __init__(self, limit: int, model: Model, isolation: Isolation, calibration: Calibration | None = None) -> None:
         self.limit, self.calibration = limit, calibration
-        self._estimate = Estimator(model.family, isolation, model.device)
+        family = model.family
+        if model.offload != "none" or model.precision.int8:  # networks whose weights come and go cannot be traced
+            family = from_folder(model.folder, model.precision, model.device)
+        self._estimate = Estimator(family, isolation, model.device)
         model.placement.leave()
         self._held = held_bytes(model.device)
         self._visiting: dict[Phase, int] = {

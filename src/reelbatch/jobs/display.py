@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from reelbatch.engine import engine as engine_room
+from reelbatch.engine import events
 from reelbatch.request import VideoRequest
 from reelbatch.wording import duration, shorten
 
@@ -18,15 +18,8 @@ if TYPE_CHECKING:
     from reelbatch.jobs.worker import Outcome
 
 
-def work(request: VideoRequest) -> int:
-    """How much work a request is, next to others: its pixels times its steps, with both guidance branches."""
-    sizes = (request.height, request.width, request.frames, request.steps)
-    height, width, frames, steps = (size or 1 for size in sizes)
-    return height * width * frames * steps * (2 if request.uses_cfg else 1)
-
-
 class Display(Protocol):
-    """What `generate` tells as it goes."""
+    """What `generate` shows as it goes."""
 
     def __enter__(self) -> Display: ...
 
@@ -34,8 +27,8 @@ class Display(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
 
-    def progress(self, progress: engine_room.Progress) -> None:
-        """A request got further."""
+    def event(self, event: events.Event) -> None:
+        """Something happened in the engine; what is shown follows a request's progress."""
 
     def outcome(self, outcome: Outcome) -> None:
         """A request ended."""
@@ -60,7 +53,6 @@ class Bars:
             console=console,
         )
         self._tasks: dict[str, TaskID] = {}
-        self._ended = 0
         self._estimate = Estimate(requests)
         self._run = self._bars.add_task("videos", total=len(requests), pace="")
 
@@ -71,7 +63,11 @@ class Bars:
     def __exit__(self, *_: object) -> None:
         self._bars.stop()
 
-    def progress(self, progress: engine_room.Progress) -> None:
+    def event(self, event: events.Event) -> None:
+        if isinstance(event, events.Progress):
+            self._progress(event)
+
+    def _progress(self, progress: events.Progress) -> None:
         self._estimate.progress(progress)
         left = self._estimate.seconds_left()
         self._bars.update(self._run, pace="" if left is None else f"about {duration(left)} left")
@@ -104,8 +100,9 @@ class Lines:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def progress(self, progress: engine_room.Progress) -> None:
-        self._estimate.progress(progress)
+    def event(self, event: events.Event) -> None:
+        if isinstance(event, events.Progress):
+            self._estimate.progress(event)
 
     def outcome(self, outcome: Outcome) -> None:
         self._ended += 1
@@ -121,11 +118,11 @@ class Estimate:
     """The time left, from the work that is done and the time it took."""
 
     def __init__(self, requests: Sequence[VideoRequest]) -> None:
-        self._work = {request.id: work(request) for request in requests}
+        self._work = {request.id: request.work for request in requests}
         self._done: dict[str, float] = {}
         self._started: float | None = None
 
-    def progress(self, progress: engine_room.Progress) -> None:
+    def progress(self, progress: events.Progress) -> None:
         if self._started is None:
             self._started = time.monotonic()
         share = 1.0 if progress.phase in ("done", "failed", "cancelled") else progress.step / progress.steps

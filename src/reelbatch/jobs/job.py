@@ -7,14 +7,19 @@ import json
 import secrets
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from reelbatch.jobs.display import work
+from reelbatch.device import choose_device, threads_of
+from reelbatch.engine.config import EngineConfig
 from reelbatch.jobs.manifest import OPEN, JobRow, Manifest, State, VideoRow
 from reelbatch.jobs.naming import Naming, name_all
 from reelbatch.jobs.verify import make_again
+from reelbatch.loading.hashing import weights_hash
+from reelbatch.loading.inspection import ModelInfo
+from reelbatch.loading.lora import lora_label
+from reelbatch.loading.precision import Precision
 from reelbatch.request import MAX_ID_LENGTH, NAMES_ONLY, VideoRequest
 
 Mode = Literal["resume", "add", "new"]
@@ -38,7 +43,14 @@ class JobChanged(ValueError):
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides, besides the requests, about frames and names. weights: a hash of the model's weight files."""
+    """What decides, besides the requests, about frames and names.
+
+    Attributes:
+        weights: a hash of the model's weight files.
+        lora: the files' names, scales and hashes.
+        threads: that a CPU computes with, which changes the last bits. None on other devices, and in jobs of versions
+            that did not record it; they are taken as this machine's.
+    """
 
     model: str
     weights: str
@@ -48,10 +60,13 @@ class Settings:
     isolation: str
     naming: Naming = "default"
     lora: tuple[str, ...] = ()
+    threads: int | None = None
 
     @property
     def record(self) -> dict[str, Any]:
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+        """As a manifest keeps it. Versions before did not know `threads`: it is left out where it says nothing."""
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+        return {name: value for name, value in values.items() if name != "threads" or value is not None}
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> Settings:
@@ -64,6 +79,31 @@ class Settings:
         decides = {name: value for name, value in self.record.items() if name != "naming"}
         asked = request.model_dump(mode="json", exclude=set(NAMES_ONLY))
         return hashlib.sha256(json.dumps([asked, decides], sort_keys=True).encode()).hexdigest()
+
+    def fingerprints(self, request: VideoRequest) -> tuple[str, ...]:
+        """Its fingerprint, and the one that a version which did not record `threads` gave it."""
+        own = self.fingerprint(request)
+        return (own,) if self.threads is None else (own, replace(self, threads=None).fingerprint(request))
+
+
+def settings_of(config: EngineConfig, info: ModelInfo, naming: Naming) -> Settings:
+    """Settings of a run; reads pieces of the weight files and whole LoRA files, and loads nothing.
+
+    Raises:
+        ValueError: for a device that is not there, or a LoRA file that cannot be read.
+    """
+    device = choose_device(config.device)
+    return Settings(
+        model=info.name,
+        weights=weights_hash(info.folder),
+        device=device.type,
+        dtype=str(Precision.parse(config.dtype, device)),
+        attention=config.attention,
+        isolation=config.isolation,
+        naming=naming,
+        lora=tuple(lora_label(path, scale) for path, scale in config.loras),
+        threads=threads_of(device),
+    )
 
 
 @dataclass(frozen=True)
@@ -112,24 +152,26 @@ def open_job(
         return Job(number, rows, [row for row in rows if row.state == State.DONE], remade)
     remade = 0 if overwrite else _remake_lost(manifest, folder)
     there = manifest.rows()
-    found = _match(there, requests, settings) if mode == "add" else {}
-    new = [i for i in range(len(requests)) if i not in found]
-    home, known = _home(settings.naming), {row.file for row in there}
+    known = _match(there, requests, settings) if mode == "add" else {}
+    new = [i for i in range(len(requests)) if i not in known]
+    home, files_there = _home(settings.naming), {row.file for row in there}
     if overwrite:
-        manifest.remake([row.id for row in found.values()])
-        known = {row.file for row in found.values()}
+        manifest.remake([row.id for row in known.values()])
+        files_there = {row.file for row in known.values()}
     else:
-        known |= {str(path.relative_to(folder)) for path in (folder / home).glob("*.mp4")}
-    taken = {Path(file).name for file in known if Path(file).parent == home}
+        files_there |= {str(path.relative_to(folder)) for path in (folder / home).glob("*.mp4")}
+    taken = {Path(file).name for file in files_there if Path(file).parent == home}
     files = [str(home / name) for name in name_all([requests[i] for i in new], settings.naming, taken)]
     if overwrite:
         manifest.forget_files(files)
     turns, ids = in_order(requests), {row.id for row in there}
-    made = [_row(_of_new_id(requests[i], ids), i, turns[i], file, settings) for i, file in zip(new, files, strict=True)]
-    again = [row.id for row in found.values() if overwrite or row.state != State.DONE]
+    added = [
+        _row(_with_new_id(requests[i], ids), i, turns[i], file, settings) for i, file in zip(new, files, strict=True)
+    ]
+    again = [row.id for row in known.values() if overwrite or row.state != State.DONE]
     manifest.retry((State.FAILED, State.CANCELLED), again)
-    number = manifest.add_job({**settings.record, **(notes or {})}, made, again)
-    every = {**dict(zip(new, made, strict=True)), **found}
+    number = manifest.add_job({**settings.record, **(notes or {})}, added, again)
+    every = {**dict(zip(new, added, strict=True)), **known}
     now = {row.id: row for row in manifest.rows()}
     rows = [now[every[i].id] for i in range(len(requests))]
     return Job(number, rows, [row for row in rows if row.state == State.DONE], remade)
@@ -143,7 +185,7 @@ def _home(naming: Naming) -> Path:
 def in_order(requests: Sequence[VideoRequest]) -> list[int]:
     """The turn of each request: the most work first, so that the last batch is of small ones and full; requests that
     are alike follow one another."""
-    alike = [(-work(r), r.height, r.width, r.frames, r.steps, i) for i, r in enumerate(requests)]
+    alike = [(-r.work, r.height, r.width, r.frames, r.steps, i) for i, r in enumerate(requests)]
     turns = [0] * len(requests)
     for turn, (*_, i) in enumerate(sorted(alike)):
         turns[i] = turn
@@ -167,7 +209,7 @@ def _row(request: VideoRequest, number: int, turn: int, file: str, settings: Set
     )
 
 
-def _of_new_id(request: VideoRequest, taken: set[str]) -> VideoRequest:
+def _with_new_id(request: VideoRequest, taken: set[str]) -> VideoRequest:
     """A manifest holds an id once; that of a prompt file comes again when the file is run again."""
     if request.id not in taken:
         return request
@@ -180,22 +222,26 @@ def _match(rows: Sequence[VideoRow], requests: Sequence[VideoRequest], settings:
     alike: dict[tuple[str, str | None], deque[VideoRow]] = defaultdict(deque)
     for row in sorted(rows, key=lambda row: (row.state != State.DONE, row.state not in OPEN)):
         alike[row.fingerprint, row.request.get("name")].append(row)
-    wanted = [(settings.fingerprint(request), request.name) for request in requests]
-    return {i: alike[key].popleft() for i, key in enumerate(wanted) if alike[key]}
+    matches = {}
+    for i, request in enumerate(requests):
+        keys = [(fingerprint, request.name) for fingerprint in settings.fingerprints(request)]
+        if key := next((key for key in keys if alike[key]), None):
+            matches[i] = alike[key].popleft()
+    return matches
 
 
 def _the_same(
     manifest: Manifest, folder: Path, jobs: Sequence[JobRow], requests: Sequence[VideoRequest], settings: Settings
 ) -> tuple[int, list[str]]:
-    """Number of the latest job that is this one, and the ids of the requests' rows; raises `JobChanged`, told of the
-    latest, if none is."""
+    """Number of the latest job that is this one, and the ids of the requests' rows; raises `JobChanged`, with what sets
+    the latest apart, if none is."""
     there = manifest.rows()
     latest: list[str] = []
     for job in reversed(jobs):
-        found = _rows_of(job, there, requests)
-        differences = _differences(job, there, found, requests, settings)
+        matches = _rows_of(job, there, requests)
+        differences = _differences(job, there, matches, requests, settings)
         if not differences:
-            return job.number, [found[i].id for i in range(len(requests))]
+            return job.number, [matches[i].id for i in range(len(requests))]
         latest = latest or differences
     raise JobChanged(folder, latest)
 
@@ -213,27 +259,35 @@ def _rows_of(job: JobRow, there: Sequence[VideoRow], requests: Sequence[VideoReq
 def _differences(
     before: JobRow,
     there: Sequence[VideoRow],
-    found: Mapping[int, VideoRow],
+    matches: Mapping[int, VideoRow],
     requests: Sequence[VideoRequest],
     settings: Settings,
 ) -> list[str]:
-    now = settings.record
+    then = Settings.of_record(before.settings)
+    if then.threads is None or then.device != settings.device:  # not recorded then, or said by the device already
+        then = replace(then, threads=settings.threads)
+    earlier, now = then.record, settings.record
     differences = [
-        f"{name} was {before.settings.get(name)!r} and is {value!r}"
+        f"{name} was {earlier.get(name)!r} and is {value!r}{_remedy(name, earlier.get(name))}"
         for name, value in now.items()
-        if before.settings.get(name) != value
+        if earlier.get(name) != value
     ]
     rows = [row for row in there if row.job == before.number]
-    fresh = [request for i, request in enumerate(requests) if i not in found]
-    gone = {row.id for row in rows} - {row.id for row in found.values()}
-    differences += [f"new: {_told(request)}" for request in fresh[:SHOWN]]
-    differences += [f"no longer asked for: {_told(row.to_request())}" for row in rows if row.id in gone][:SHOWN]
+    fresh = [request for i, request in enumerate(requests) if i not in matches]
+    gone = {row.id for row in rows} - {row.id for row in matches.values()}
+    differences += [f"new: {_described(request)}" for request in fresh[:SHOWN]]
+    differences += [f"no longer asked for: {_described(row.to_request())}" for row in rows if row.id in gone][:SHOWN]
     if fresh or gone:
         differences.append(f"in all, {len(fresh)} new and {len(gone)} no longer asked for, of {len(rows)} videos")
     return differences
 
 
-def _told(request: VideoRequest) -> str:
+def _remedy(name: str, value: Any) -> str:
+    """How to have a setting as it was, where that is no option of the command."""
+    return f" (OMP_NUM_THREADS={value} makes it what it was)" if name == "threads" else ""
+
+
+def _described(request: VideoRequest) -> str:
     size = f"{request.width}×{request.height}, {request.frames} frames, {request.steps} steps"
     return f"{request.prompt[:60]!r}, seed {request.seed}, {size}"
 

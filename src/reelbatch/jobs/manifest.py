@@ -10,137 +10,44 @@ from __future__ import annotations
 
 import os
 import secrets
-import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from enum import StrEnum
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-import psutil
-from sqlalchemy import JSON, Engine, ForeignKey, Text, create_engine, delete, event, func, select, update
+from sqlalchemy import Engine, create_engine, delete, event, func, select, update
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy.orm import Session
 
-from reelbatch.request import VideoRequest
+from reelbatch.jobs.processes import born_at, host, runs
+from reelbatch.jobs.schema import OPEN, Base, Finished, JobRow, ProcessRow, State, VideoRow
+
+__all__ = [
+    "FILE",
+    "OPEN",
+    "Base",
+    "Finished",
+    "JobRow",
+    "Manifest",
+    "ManifestError",
+    "ProcessRow",
+    "State",
+    "VideoRow",
+    "now",
+]
 
 FILE = "manifest.sqlite"
-SCHEMA = 1
 LEASE_SECONDS = 60.0
 """A process whose counter stands still for so long has lost what it had claimed."""
-BEAT_SECONDS = 5.0
 LOCK_SECONDS = 60
 """How long another process's transaction is waited for."""
 
 
-class State(StrEnum):
-    WAITING = "waiting"
-    RUNNING = "running"
-    DONE = "done"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-
-
-OPEN = (State.WAITING, State.RUNNING)
-
-
 class ManifestError(OSError):
     """The manifest cannot be read or written; says which and why."""
-
-
-class Base(DeclarativeBase):
-    type_annotation_map: ClassVar[dict[Any, Any]] = {dict[str, Any]: JSON, list[str]: JSON, str: Text}
-
-
-class JobRow(Base):
-    """A call that asked for videos. `settings`: what decides about their frames and names. `created`: UTC, ISO."""
-
-    __tablename__ = "job"
-
-    number: Mapped[int] = mapped_column(primary_key=True)
-    created: Mapped[str]
-    settings: Mapped[dict[str, Any]]
-    schema: Mapped[int] = mapped_column(default=SCHEMA)
-
-
-class ProcessRow(Base):
-    """A process that works on the manifest. `beat` counts up while it lives."""
-
-    __tablename__ = "process"
-
-    id: Mapped[str] = mapped_column(primary_key=True)
-    host: Mapped[str]
-    pid: Mapped[int]
-    born: Mapped[float]
-    beat: Mapped[int] = mapped_column(default=0)
-
-
-class VideoRow(Base):
-    """A video that was asked for.
-
-    id: the request's. number: its place in the prompts, from 0. turn: its place in the order of work.
-    request: all fields, the model's defaults filled in. fingerprint: of the request and all that decides about its
-    frames. file: its name in the output folder. owner: the process that runs it. step: of its saved state, 0 for none.
-    attempts: times that it was begun. sha256, size: of the file (bytes). frames_sha256: of the frames before
-    compression. seconds: by phase. batch: the largest that it shared a step with. started, ended: UTC, ISO.
-    """
-
-    __tablename__ = "video"
-
-    id: Mapped[str] = mapped_column(primary_key=True)
-    job: Mapped[int] = mapped_column(ForeignKey("job.number"), index=True)
-    number: Mapped[int]
-    turn: Mapped[int] = mapped_column(index=True)
-    request: Mapped[dict[str, Any]]
-    fingerprint: Mapped[str] = mapped_column(index=True)
-    prompt: Mapped[str]
-    seed: Mapped[str]  # 64 bits without a sign, which no SQL integer holds
-    tags: Mapped[list[str]]
-    file: Mapped[str] = mapped_column(unique=True)
-    state: Mapped[str] = mapped_column(default=State.WAITING, index=True)
-    owner: Mapped[str | None] = mapped_column(index=True)
-    step: Mapped[int] = mapped_column(default=0)
-    attempts: Mapped[int] = mapped_column(default=0)
-    error: Mapped[str | None]
-    sha256: Mapped[str | None]
-    size: Mapped[int | None]
-    frames_sha256: Mapped[str | None]
-    seconds: Mapped[dict[str, Any] | None]
-    batch: Mapped[int | None]
-    isolation: Mapped[str | None]
-    model_hash: Mapped[str | None]
-    versions: Mapped[dict[str, Any] | None]
-    started: Mapped[str | None]
-    ended: Mapped[str | None]
-
-    def to_request(self) -> VideoRequest:
-        return VideoRequest(**self.request)
-
-    def record(self) -> dict[str, Any]:
-        """All columns, as JSON values."""
-        return {column.name: getattr(self, column.name) for column in self.__table__.columns}
-
-
-@dataclass(frozen=True)
-class Made:
-    """What is recorded of a finished video; as the columns of `VideoRow`."""
-
-    sha256: str
-    size: int
-    frames_sha256: str
-    seconds: Mapping[str, float]
-    batch: int
-    isolation: str
-    model_hash: str
-    versions: Mapping[str, str]
-
-    @property
-    def columns(self) -> dict[str, Any]:
-        return {name: dict(value) if isinstance(value, Mapping) else value for name, value in vars(self).items()}
 
 
 def now() -> str:
@@ -155,7 +62,7 @@ class Manifest:
 
     def __init__(self, url: str, *, create: bool = True, lease_seconds: float = LEASE_SECONDS) -> None:
         self.url, self.lease_seconds = url, lease_seconds
-        with self._told():
+        with self._errors_named():
             self._engine = _connect(url)
             if create:
                 Base.metadata.create_all(self._engine)
@@ -163,7 +70,7 @@ class Manifest:
 
     @classmethod
     def in_folder(cls, folder: Path, url: str | None = None, *, must_exist: bool = False, **options: Any) -> Manifest:
-        """Of an output folder: SQLite in it, unless a URL says where."""
+        """The manifest of an output folder: SQLite in it, unless a URL says where."""
         path = folder / FILE
         if url is None and must_exist and not path.exists():
             raise FileNotFoundError(f"{folder}: no job has run there (no {FILE}); name the --out folder of a job")
@@ -174,17 +81,20 @@ class Manifest:
 
     @contextmanager
     def _transaction(self) -> Iterator[Session]:
-        with self._told(), Session(self._engine, expire_on_commit=False) as session, session.begin():
+        with self._errors_named(), Session(self._engine, expire_on_commit=False) as session, session.begin():
             yield session
 
     @contextmanager
     def _reading(self) -> Iterator[Session]:
         """Locks nothing, so that a folder that cannot be written to may be looked at."""
-        with self._told(), Session(self._engine.execution_options(reading=True), expire_on_commit=False) as session:
+        with (
+            self._errors_named(),
+            Session(self._engine.execution_options(reading=True), expire_on_commit=False) as session,
+        ):
             yield session
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _errors_named(self) -> Iterator[None]:
         try:
             yield
         except SQLAlchemyError as error:
@@ -226,7 +136,7 @@ class Manifest:
     # -- rows --------------------------------------------------------------------------------------
 
     def rows(self, job: int | None = None, *states: State) -> list[VideoRow]:
-        """Of a job or of all, in the order of the prompts."""
+        """Rows of a job or of all, in the order of the prompts."""
         wanted = select(VideoRow).order_by(VideoRow.job, VideoRow.number)
         if job is not None:
             wanted = wanted.where(VideoRow.job == job)
@@ -244,8 +154,8 @@ class Manifest:
         if job is not None:
             wanted = wanted.where(VideoRow.job == job)
         with self._reading() as session:
-            found = Counter({State(state): count for state, count in session.execute(wanted)})
-        return {state: found[state] for state in State}
+            counted = Counter({State(state): count for state, count in session.execute(wanted)})
+        return {state: counted[state] for state in State}
 
     def retry(self, states: Sequence[State], ids: Sequence[str] | None = None) -> list[str]:
         """Puts rows of these states back in line, all of them or those named; returns their ids."""
@@ -271,17 +181,17 @@ class Manifest:
         with self._transaction() as session:
             for some in [None] if ids is None else _in_parts(ids):
                 which = select(VideoRow.id).where(VideoRow.state.in_(states)).with_for_update()
-                found = list(session.scalars(which if some is None else which.where(VideoRow.id.in_(some))))
-                for part in _in_parts(found):
+                matching = list(session.scalars(which if some is None else which.where(VideoRow.id.in_(some))))
+                for part in _in_parts(matching):
                     session.execute(update(VideoRow).where(VideoRow.id.in_(part)).values(**values))
-                moved += found
+                moved += matching
         return moved
 
     # -- working -----------------------------------------------------------------------------------
 
     def enlist(self) -> str:
         """Makes this process known; returns the name under which it claims."""
-        process = ProcessRow(id=secrets.token_hex(8), host=_host(), pid=os.getpid(), born=_born(os.getpid()))
+        process = ProcessRow(id=secrets.token_hex(8), host=host(), pid=os.getpid(), born=born_at(os.getpid()))
         with self._transaction() as session:
             session.add(process)
         return process.id
@@ -316,7 +226,7 @@ class Manifest:
             for id, step in steps.items():
                 session.execute(_owned(id, owner).values(step=step, **let))
 
-    def finish(self, owner: str, id: str, made: Made, put_in_place: Callable[[], None]) -> bool:
+    def finish(self, owner: str, id: str, finished: Finished, put_in_place: Callable[[], None]) -> bool:
         """A video is done: `put_in_place` gives its file the final name while the row is locked.
 
         False, and nothing is called: the row is no longer this process's.
@@ -327,19 +237,19 @@ class Manifest:
             if row is None:
                 return False
             put_in_place()
-            self._done(row, made)
+            self._set_done(row, finished)
             return True
 
-    def adopt(self, id: str, made: Made) -> None:
+    def adopt(self, id: str, finished: Finished) -> None:
         """A video whose file was there already, made before a kill, is done."""
         with self._transaction() as session:
             row = session.get_one(VideoRow, id)
-            self._done(row, made)
+            self._set_done(row, finished)
 
     @staticmethod
-    def _done(row: VideoRow, made: Made) -> None:
+    def _set_done(row: VideoRow, finished: Finished) -> None:
         row.state, row.owner, row.step, row.error, row.ended = State.DONE, None, 0, None, now()
-        for name, value in made.columns.items():
+        for name, value in finished.columns.items():
             setattr(row, name, value)
 
     def fail(self, owner: str, id: str, error: str) -> bool:
@@ -357,7 +267,7 @@ class Manifest:
         with self._reading() as session:
             return set(session.scalars(select(ProcessRow.id)))
 
-    def bury(self) -> list[str]:
+    def reap(self) -> list[str]:
         """Takes back what dead processes had claimed; returns their names.
 
         A process is dead that is of this host and does not run, or whose counter stood still for the lease, which
@@ -370,8 +280,8 @@ class Manifest:
             return dead
 
     def _is_dead(self, process: ProcessRow) -> bool:
-        if process.host == _host():
-            return not _runs(process.pid, process.born)
+        if process.host == host():
+            return not runs(process.pid, process.born)
         beat, since = self._seen.get(process.id, (None, 0.0))
         if beat != process.beat:
             self._seen[process.id] = (process.beat, time.monotonic())
@@ -414,36 +324,3 @@ def _connect(url: str) -> Engine:
             connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
 
     return engine
-
-
-def _host() -> str:
-    """Of this machine and, in a container, of its own numbering of processes."""
-    parts = [socket.gethostname()]
-    for read in (lambda: Path("/proc/sys/kernel/random/boot_id").read_text().strip(), _process_namespace):
-        try:
-            parts.append(read())
-        except OSError:
-            continue
-    return "/".join(parts)
-
-
-def _process_namespace() -> str:
-    return str(os.stat("/proc/self/ns/pid").st_ino)
-
-
-def _runs(pid: int, born: float) -> bool:
-    try:
-        return abs(_born(pid) - born) < 1 and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-    except psutil.Error:
-        return True
-
-
-def _born(pid: int) -> float:
-    """Tells a process from a later one of the same number: clock ticks since the machine started, which setting the
-    clock does not change; where they cannot be read, its time of creation."""
-    try:
-        return float(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-    except OSError:
-        return float(psutil.Process(pid).create_time())

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import date, datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from reelbatch.jobs.display import work
 from reelbatch.jobs.manifest import OPEN, State, VideoRow
 from reelbatch.request import VideoRequest
 
 if TYPE_CHECKING:
     from reelbatch.jobs.job import Settings
-    from reelbatch.tune.profiles import Profile
 
 LATEST = 200
 """Videos that the present pace is taken from."""
@@ -33,6 +32,13 @@ class Kind(NamedTuple):
     branches: int
 
 
+class Measured(NamedTuple):
+    """What `tune` measured for such videos."""
+
+    videos_per_hour: float
+    when: date
+
+
 class Pace(NamedTuple):
     """None before a video was made."""
 
@@ -42,9 +48,12 @@ class Pace(NamedTuple):
 
 @dataclass(frozen=True)
 class Outlook:
-    """videos, prompts: in all. kept: made already. batches: for the rest. seconds: None where nothing tells.
+    """What a job will take.
 
-    time_from, disk_from: what the estimate was made of, in words.
+    Attributes:
+        videos, prompts: in all. kept: made already. batches: for the rest.
+        seconds: None where nothing was measured.
+        time_from, disk_from: what the estimate was made from, in words.
     """
 
     videos: int
@@ -69,19 +78,23 @@ def look_ahead(
     settings: Settings,
     rows: Sequence[VideoRow],
     batch_size: int,
-    profile: Profile | None,
+    measured: Measured | None,
     free_bytes: int | None = None,
 ) -> Outlook:
-    """Of requests, beside the rows that their folder holds. profile: what `tune` found for them, if anything."""
+    """What requests will take beside the rows that their folder holds.
+
+    Args:
+        measured: by `tune`, if it was.
+    """
     done = Counter(row.fingerprint for row in rows if row.state == State.DONE)
-    kept = Counter(settings.fingerprint(request) for request in requests) & done
-    left, found = [], Counter(kept)
+    left = []
     for request in requests:
-        if found[settings.fingerprint(request)]:
-            found[settings.fingerprint(request)] -= 1
-        else:
+        known = next((key for key in settings.fingerprints(request) if done[key]), None)
+        if known is None:
             left.append(request)
-    seconds, time_from = _seconds(left, rows, profile)
+        else:
+            done[known] -= 1
+    seconds, time_from = _seconds(left, rows, measured)
     size, disk_from = _bytes(left, rows)
     return Outlook(
         videos=len(requests),
@@ -99,14 +112,14 @@ def look_ahead(
 
 
 def pace(rows: Sequence[VideoRow]) -> Pace:
-    """Of the latest videos, over the time in which any of them was made; what is left is weighed by its work."""
+    """The pace of the latest videos, over the time in which any was made; what is left is weighed by its work."""
     done = sorted((row for row in rows if row.state == State.DONE and row.ended), key=lambda row: str(row.ended))
     done = done[-LATEST:]
     seconds = _covered([(_seconds_of(row.started), _seconds_of(row.ended)) for row in done])
     if not seconds:
         return Pace(None, None)
-    units = sum(work(row.to_request()) for row in done)
-    left = sum(work(row.to_request()) for row in rows if row.state in OPEN)
+    units = sum(row.to_request().work for row in done)
+    left = sum(row.to_request().work for row in rows if row.state in OPEN)
     return Pace(3600 * len(done) / seconds, seconds * left / units)
 
 
@@ -124,35 +137,28 @@ def _covered(spans: Sequence[tuple[float, float]]) -> float:
 
 
 def _kind(request: VideoRequest) -> Kind:
-    width, height, frames, steps = (
-        size or 0 for size in (request.width, request.height, request.frames, request.steps)
-    )
-    return Kind(width, height, frames, steps, 2 if request.uses_cfg else 1)
+    height, width, frames = request.size
+    return Kind(width, height, frames, request.steps or 0, 2 if request.uses_cfg else 1)
 
 
 def _seconds(
-    left: Sequence[VideoRequest], rows: Sequence[VideoRow], profile: Profile | None
+    left: Sequence[VideoRequest], rows: Sequence[VideoRow], measured: Measured | None
 ) -> tuple[float | None, str]:
     rate = pace(rows).videos_per_hour
-    done = [work(row.to_request()) for row in rows if row.state == State.DONE]
+    done = [row.to_request().work for row in rows if row.state == State.DONE]
     if rate is not None:
         per_work = 3600 / rate / (sum(done) / len(done))
-        return per_work * sum(map(work, left)), "as the videos in this folder took"
-    if profile is not None:
-        return 3600 / profile.videos_per_hour * len(left), f"as `tune` measured on {profile.measured}"
+        return per_work * sum(request.work for request in left), "as the videos in this folder took"
+    if measured is not None:
+        return 3600 / measured.videos_per_hour * len(left), f"as `tune` measured on {measured.when}"
     return None, "nothing was measured yet: `reelbatch tune` does, and so does a first run with --limit"
 
 
 def _bytes(left: Sequence[VideoRequest], rows: Sequence[VideoRow]) -> tuple[int, str]:
-    pixels = sum(_pixels(request) for request in left)
+    pixels = sum(math.prod(request.size) for request in left)
     done = [row for row in rows if row.state == State.DONE and row.size]
     if done:
-        share = sum(row.size or 0 for row in done) / sum(_pixels(row.to_request()) for row in done)
+        share = sum(row.size or 0 for row in done) / sum(math.prod(row.to_request().size) for row in done)
         return int(share * pixels), "as the videos in this folder"
-    told = "as the bundled model's videos; others may take several times as much"
-    return int(len(left) * BYTES_A_FILE + pixels * BITS_A_PIXEL / 8), told
-
-
-def _pixels(request: VideoRequest) -> int:
-    kind = _kind(request)
-    return kind.width * kind.height * kind.frames
+    source = "as the bundled model's videos; others may take several times as much"
+    return int(len(left) * BYTES_A_FILE + pixels * BITS_A_PIXEL / 8), source

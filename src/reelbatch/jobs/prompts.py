@@ -9,15 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from reelbatch.jobs.readers import (
-    COLUMNS,
-    REAL_COLUMNS,
-    WHOLE_COLUMNS,
-    Entry,
-    Fault,
-    PromptError,
-    read_entries,
-)
+from reelbatch.jobs.entries import COLUMNS, REAL_COLUMNS, WHOLE_COLUMNS, Entry, Fault, PromptError
+from reelbatch.jobs.readers import read_entries
 from reelbatch.request import (
     FIELDS,
     NAMES_ONLY,
@@ -42,7 +35,7 @@ __all__ = [
 ]
 
 MAX_COPIES = 100_000
-"""Of one line: more is a slip, and would fill the memory."""
+"""More copies of one line are a slip, and would fill the memory."""
 SELECTORS = ("tag", *(name for name in FIELDS if name != "tags"))
 
 
@@ -64,10 +57,12 @@ def make_requests(
 ) -> list[VideoRequest]:
     """Entries, checked and with their copies.
 
-    first_seed: the seed of a request that names none; further requests that are otherwise equal get the seeds after
-        it, so that a prompt asked for twice gives two videos, and the same entries always give the same seeds.
-        None: drawn at random.
-    limits: of the model, if known already: fills open fields and refuses what it cannot make.
+    Args:
+        defaults: fields, and `copies`, for the entries that do not say them.
+        first_seed: the seed of a request that names none; further requests that are otherwise equal get the seeds after
+            it, so that a prompt asked for twice gives two videos, and the same entries always give the same seeds.
+            None: drawn at random.
+        limits: of the model, if known already: fills open fields and refuses what it cannot make.
 
     Raises:
         PromptError: with all that is wrong in all entries.
@@ -90,12 +85,12 @@ def make_requests(
             twin = request.model_dump_json(exclude=set(NAMES_ONLY))
             request = request.model_copy(update={"seed": (request.seed + seeds_taken[twin]) % SEED_LIMIT})
             seeds_taken[twin] += copies
-        made = [request] if copies == 1 else request.copies(copies)  # a single one keeps the request's id
-        for one in made:
+        copied = [request] if copies == 1 else request.copies(copies)  # a single one keeps the request's id
+        for one in copied:
             if one.id in homes:
                 faults.append(Fault(entry.where, f"id={one.id!r} is taken by {homes[one.id]}; ids must differ"))
             homes[one.id] = entry.where
-        requests.extend(made)
+        requests.extend(copied)
     if faults:
         raise PromptError(faults)
     return requests
@@ -109,8 +104,8 @@ def named_after(entries: Sequence[Entry], path: str | Path) -> list[Entry]:
     """
     names = read_entries(path)
     if len(names) != len(entries):
-        told = f"holds {len(names)} prompts to name videos after, and there are {len(entries)} entries to be named"
-        raise PromptError([Fault(str(path), told)])
+        counts = f"holds {len(names)} prompts to name videos after, and there are {len(entries)} entries to be named"
+        raise PromptError([Fault(str(path), counts)])
     faults = [fault for named in names for fault in named.faults]
     faults += [
         Fault(named.where, "has no prompt to name a video after")
@@ -129,7 +124,8 @@ def named_after(entries: Sequence[Entry], path: str | Path) -> list[Entry]:
 def only_those(requests: Sequence[VideoRequest], selectors: Sequence[str]) -> list[VideoRequest]:
     """The requests for which all selectors hold, in their order.
 
-    selectors: as `tag=animal` (one of the request's tags), `seed=3` or `prompt=a cat`; the value is the whole value.
+    Args:
+        selectors: as `tag=animal` (one of the request's tags), `seed=3` or `prompt=a cat`; the value is taken whole.
 
     Raises:
         ValueError: for a selector that is no `field=value`, names no field, or gives a number field no number.

@@ -10,35 +10,36 @@ import base64
 import hashlib
 import json
 import math
-import os
 import re
 import shlex
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from html import escape
 from importlib.resources import files
 from pathlib import Path
 from statistics import median
 from typing import Any
-from urllib.parse import quote
 
-from reelbatch.jobs.manifest import JobRow, State, VideoRow
+from reelbatch.jobs.report_data import (
+    BAR,
+    Fault,
+    Stretch,
+    as_json,
+    group_faults,
+    moment,
+    page_data,
+    phases_of,
+    seconds_of,
+    stretches,
+    throughput,
+)
+from reelbatch.jobs.schema import JobRow, State, VideoRow
 from reelbatch.video import aside
 from reelbatch.wording import duration, shorten
 
 FILE = "report.html"
-PHASES = ("text", "denoise", "decode", "write")
-"""Of a row's `seconds`, in the order in which they follow one another; others come after."""
-MOST_BINS = 60
-PAUSE_SECONDS = 60.0
-"""Moments in which nothing ran, and which are too short to be drawn as a pause."""
 FAULTS_SHOWN, PROMPTS_SHOWN, ERROR_SHOWN = 50, 5, 2000
-BAR = (State.DONE, State.RUNNING, State.WAITING, State.FAILED, State.CANCELLED)
-SAFE_INTEGER = 2**53 - 1  # what a JavaScript number holds exactly
-SAID_BY_ROW = ("id", "prompt", "seed", "tags")
-"""Fields of a request that the row has too."""
 
 
 def write_report(
@@ -82,199 +83,14 @@ def page(jobs: Sequence[JobRow], rows: Sequence[VideoRow], *, title: str, when: 
         "run": _run_section(rows),
         "faults": _faults_section(faults),
         "settings": _settings_section(jobs, rows),
-        "data": as_json(_data(jobs, rows, faults)),
+        "data": as_json(page_data(jobs, rows, faults)),
         "script": script,
     }
-    return re.sub(r"\{\{(\w+)\}\}", lambda found: values[found[1]], _part("html"))
+    return re.sub(r"\{\{(\w+)\}\}", lambda name: values[name[1]], _part("html"))
 
 
 def _part(kind: str) -> str:
     return files("reelbatch.jobs").joinpath(f"report_page.{kind}").read_text(encoding="utf-8")
-
-
-# -- the data -----------------------------------------------------------------------------------------
-
-
-def as_json(value: Any) -> str:
-    """Compact JSON that may stand in a `<script>`: no `<` ends it or opens a comment, no character breaks a line."""
-    text = json.dumps(_plain(value), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return re.sub("[<\u2028\u2029\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)
-
-
-def _plain(value: Any) -> Any:
-    """As JavaScript reads it back unchanged: large integers as text, no infinities."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    if isinstance(value, bool) or value is None or isinstance(value, str):
-        return value
-    if isinstance(value, int):
-        return value if abs(value) <= SAFE_INTEGER else str(value)
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return str(value)
-
-
-def _data(jobs: Sequence[JobRow], rows: Sequence[VideoRow], faults: Sequence[Fault]) -> dict[str, Any]:
-    """All rows, a list each. What many rows say alike (requests, less what the row says too, and versions) stands once.
-
-    url: null where it is the file's name itself. fault: its place among `faults`, null for what has not failed.
-    """
-    columns = [*(column.name for column in VideoRow.__table__.columns), "url", "fault"]
-    fault_of = {row.id: place for place, fault in enumerate(faults) for row in fault.rows}
-    requests, versions = _Once(), _Once()
-    lists = []
-    for row in rows:
-        url = file_url(row.file)
-        record = row.record() | {
-            "request": requests.place(_rest(row)),
-            "versions": versions.place(row.versions),
-            "url": None if url == row.file else url,
-            "fault": fault_of.get(row.id),
-        }
-        lists.append([record[name] for name in columns])
-    return {
-        "columns": columns,
-        "rows": lists,
-        "requests": requests.values,
-        "versions": versions.values,
-        "phases": _phases(rows),
-        "jobs": [job.number for job in jobs],
-        "states": list(BAR),
-    }
-
-
-class _Once:
-    """Values, each once; told by their place."""
-
-    def __init__(self) -> None:
-        self.values: list[Any] = []
-        self._places: dict[str, int] = {}
-
-    def place(self, value: Any) -> int:
-        place = self._places.setdefault(json.dumps(value, sort_keys=True, default=str), len(self.values))
-        if place == len(self.values):
-            self.values.append(value)
-        return place
-
-
-def _rest(row: VideoRow) -> dict[str, Any]:
-    request = row.request or {}
-    said = {name: getattr(row, name) for name in SAID_BY_ROW} | {"tags": list(row.tags or [])}
-    as_row = {**request, "seed": str(request.get("seed")), "tags": list(request.get("tags") or [])}
-    return {name: value for name, value in request.items() if name not in said or as_row[name] != said[name]}
-
-
-def file_url(file: str) -> str:
-    """Relative to the page."""
-    return quote(os.fsencode(file.replace(os.sep, "/")), safe="/")
-
-
-# -- what the rows tell -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """A time in which something ran without a longer pause; seconds since 1970. ends: when videos were done."""
-
-    start: float
-    end: float
-    ends: tuple[float, ...]
-
-    @property
-    def seconds(self) -> float:
-        return self.end - self.start
-
-
-@dataclass(frozen=True)
-class Fault:
-    """Rows that failed alike. error: as the first of them has it."""
-
-    error: str
-    rows: tuple[VideoRow, ...]
-
-
-def group_faults(rows: Iterable[VideoRow]) -> list[Fault]:
-    """Failed rows by error, the most frequent first. Errors that differ only in numbers and names are one."""
-    groups: dict[str, list[VideoRow]] = defaultdict(list)
-    for row in rows:
-        if row.state == State.FAILED:
-            groups[_likeness(row)].append(row)
-    faults = [Fault(group[0].error or "no error was recorded", tuple(group)) for group in groups.values()]
-    return sorted(faults, key=lambda fault: -len(fault.rows))
-
-
-def _likeness(row: VideoRow) -> str:
-    error = row.error or ""
-    for own in sorted(filter(None, (row.id, row.file, row.prompt)), key=len, reverse=True):
-        error = re.sub(rf"(?<!\w){re.escape(own)}(?!\w)", "…", error)
-    return re.sub(r"\b[0-9a-f]{8,}\b|\d+(?:[.,]\d+)*", "#", error)
-
-
-def stretches(rows: Iterable[VideoRow]) -> list[Stretch]:
-    """When videos were made: the times that rows' `started` and `ended` cover, with short gaps closed."""
-    spans, ends = [], []
-    for row in rows:
-        ended = _moment(row.ended)
-        if ended is None or row.state not in (State.DONE, State.FAILED):
-            continue
-        started = _moment(row.started)
-        spans.append((ended - sum(_seconds(row).values()) if started is None else min(started, ended), ended))
-        if row.state == State.DONE:
-            ends.append(ended)
-    joined: list[list[float]] = []
-    for start, end in sorted(spans):
-        if joined and start - joined[-1][1] <= PAUSE_SECONDS:
-            joined[-1][1] = max(joined[-1][1], end)
-        else:
-            joined.append([start, end])
-    ends.sort()
-    return [Stretch(start, end, tuple(at for at in ends if start <= at <= end)) for start, end in joined]
-
-
-def throughput(found: Sequence[Stretch]) -> list[list[tuple[float, float, float]]]:
-    """Of each stretch: (start, end, videos an hour), all bins about as long.
-
-    A bin spans several batches, as the videos of a batch end together and would else be peaks with nothing between.
-    """
-    total = sum(stretch.seconds for stretch in found)
-    gaps = [b - a for one in found for a, b in zip((one.start, *one.ends), one.ends, strict=False)]
-    usual = sum(gap * gap for gap in gaps) / sum(gaps) if sum(gaps) > 0 else 0.0  # as a random moment meets it
-    width = max(total / MOST_BINS, 4 * usual)
-    drawn = []
-    for stretch in found:
-        count = max(1, round(stretch.seconds / width)) if width > 0 else 1
-        length = stretch.seconds / count
-        if length <= 0:
-            drawn.append([(stretch.start, stretch.end, 0.0)])
-            continue
-        held = Counter(min(count - 1, int((at - stretch.start) / length)) for at in stretch.ends)
-        edges = [stretch.start + i * length for i in range(count + 1)]
-        drawn.append([(edges[i], edges[i + 1], held[i] * 3600 / length) for i in range(count)])
-    return drawn
-
-
-def _moment(text: str | None) -> float | None:
-    try:
-        moment = datetime.fromisoformat(text or "")
-    except ValueError:
-        return None
-    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
-
-
-def _seconds(row: VideoRow) -> dict[str, float]:
-    found = row.seconds if isinstance(row.seconds, dict) else {}
-    return {
-        str(phase): float(value)
-        for phase, value in found.items()
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
-    }
-
-
-def _phases(rows: Iterable[VideoRow]) -> list[str]:
-    known = {phase for row in rows for phase in _seconds(row)}
-    return [*(phase for phase in PHASES if phase in known), *sorted(known - set(PHASES))]
 
 
 # -- the page's parts ---------------------------------------------------------------------------------------
@@ -285,18 +101,18 @@ def _about(jobs: Sequence[JobRow], rows: Sequence[VideoRow], when: str) -> str:
     versions = [row.versions for row in rows if row.versions]
     made_by = ", ".join(f"{name} {number}" for name, number in versions[-1].items()) if versions else ""
     parts = [", ".join(models), made_by]
-    told = [f"<span>{escape(part)}</span>" for part in parts if part]
-    return " · ".join([*told, f"<span>as of {_time(when)}</span>"])
+    shown = [f"<span>{escape(part)}</span>" for part in parts if part]
+    return " · ".join([*shown, f"<span>as of {_time(when)}</span>"])
 
 
 def _summary(rows: Sequence[VideoRow]) -> str:
     counts = Counter(row.state for row in rows)
     done = [row for row in rows if row.state == State.DONE]
     tiles = [(f"{len(done):,} of {len(rows):,}", "videos done")]
-    found = stretches(rows)
-    busy = sum(stretch.seconds for stretch in found)
+    times = stretches(rows)
+    busy = sum(stretch.seconds for stretch in times)
     if done and busy > 0:
-        rate = sum(len(stretch.ends) for stretch in found) * 3600 / busy
+        rate = sum(len(stretch.ends) for stretch in times) * 3600 / busy
         tiles += [(_figure(rate), "videos an hour"), (duration(busy), "of work")]
     if counts[State.FAILED]:
         tiles.append((f"{counts[State.FAILED]:,}", "failed"))
@@ -325,20 +141,20 @@ def _run_section(rows: Sequence[VideoRow]) -> str:
     return _throughput(stretches(rows)) + _time_by_phase(rows)
 
 
-def _throughput(found: Sequence[Stretch]) -> str:
-    drawn = throughput(found)
+def _throughput(times: Sequence[Stretch]) -> str:
+    drawn = throughput(times)
     top = max((rate for bins in drawn for *_, rate in bins), default=0.0)
-    total = sum(stretch.seconds for stretch in found)
+    total = sum(stretch.seconds for stretch in times)
     if top <= 0 or total <= 0:
         return '<h2>Videos an hour</h2><p class="about">No video is done yet.</p>'
     step = _step(top / 4)
     top = math.ceil(top / step) * step
-    pause = min(2.0, 30 / len(found))  # per cent of the width
-    scale = (100 - pause * (len(found) - 1)) / total
+    pause = min(2.0, 30 / len(times))  # per cent of the width
+    scale = (100 - pause * (len(times) - 1)) / total
     rects, pauses, places, left = [], [], [], 0.0
-    for place, (stretch, bins) in enumerate(zip(found, drawn, strict=True)):
+    for place, (stretch, bins) in enumerate(zip(times, drawn, strict=True)):
         if place:
-            length = duration(stretch.start - found[place - 1].end)
+            length = duration(stretch.start - times[place - 1].end)
             pauses.append(f'<i class="pause" style="left:{left:.2f}%;width:{pause:.2f}%" title="{length} pause"></i>')
             left += pause
         for start, end, rate in bins:
@@ -358,39 +174,43 @@ def _throughput(found: Sequence[Stretch]) -> str:
         '<svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img" aria-label="videos an hour against time">'
         f'<g class="lines">{"".join(lines)}</g><g class="bins">{"".join(rects)}</g></svg>'
     )
-    noted = "" if len(found) == 1 else f" In {len(found):,} stretches; pauses between them are drawn narrow."
+    noted = "" if len(times) == 1 else f" In {len(times):,} stretches; pauses between them are drawn narrow."
     return (
         f'<h2>Videos an hour</h2><figure><div class="plot"><div class="up">{"".join(ticks)}</div>'
-        f'<div class="area">{svg}{"".join(pauses)}</div><div class="along">{_along(places, scale, found)}</div></div>'
+        f'<div class="area">{svg}{"".join(pauses)}</div><div class="along">{_along(places, scale, times)}</div></div>'
         f"<figcaption>Videos done in each span of time, by the hour; times are UTC.{noted}"
         "</figcaption></figure>"
     )
 
 
-def _along(places: Sequence[tuple[float, float]], scale: float, found: Sequence[Stretch]) -> str:
-    """Times below the plot. places: of each stretch, where it begins (per cent) and its first moment."""
+def _along(places: Sequence[tuple[float, float]], scale: float, times: Sequence[Stretch]) -> str:
+    """Times below the plot.
+
+    Args:
+        places: where each stretch begins (per cent of the width), and its first moment.
+    """
     shown = []
     for x in (0.0, 25.0, 50.0, 75.0, 100.0):
         left, start = max((place for place in places if place[0] <= x), default=places[0])
-        end = next(stretch.end for stretch in found if stretch.start == start)
-        shown.append(_label(x, min(end, start + (x - left) / scale), found))
+        end = next(stretch.end for stretch in times if stretch.start == start)
+        shown.append(_label(x, min(end, start + (x - left) / scale), times))
     return "".join(shown)
 
 
-def _label(x: float, at: float, found: Sequence[Stretch]) -> str:
-    moment = datetime.fromtimestamp(at, UTC)
-    long = found[-1].end - found[0].start > 20 * 3600
+def _label(x: float, at: float, times: Sequence[Stretch]) -> str:
+    time = datetime.fromtimestamp(at, UTC)
+    long = times[-1].end - times[0].start > 20 * 3600
     kind = "day" if long else "clock"
-    text = moment.strftime("%d %b %H:%M" if long else "%H:%M")
+    text = time.strftime("%d %b %H:%M" if long else "%H:%M")
     side = " first" if x < 1 else " last" if x > 99 else ""
-    stamp = moment.isoformat(timespec="seconds")
+    stamp = time.isoformat(timespec="seconds")
     return f'<time class="{kind}{side}" style="left:{x:.2f}%" datetime="{stamp}">{text}</time>'
 
 
 def _time_by_phase(rows: Sequence[VideoRow]) -> str:
-    timed = [found for row in rows if row.state == State.DONE and (found := _seconds(row))]
-    phases = _phases(rows)
-    sums = {phase: sum(found.get(phase, 0.0) for found in timed) for phase in phases}
+    timed = [seconds for row in rows if row.state == State.DONE and (seconds := seconds_of(row))]
+    phases = phases_of(rows)
+    sums = {phase: sum(seconds.get(phase, 0.0) for seconds in timed) for phase in phases}
     total = sum(sums.values())
     if total <= 0:
         return '<h2>Time by phase</h2><p class="about">No times have been recorded yet.</p>'
@@ -400,7 +220,7 @@ def _time_by_phase(rows: Sequence[VideoRow]) -> str:
     words = escape(", ".join(f"{phase} {sums[phase] / total:.1%}" for phase in phases))
     lines = []
     for i, phase in enumerate(phases):
-        values = [found[phase] for found in timed if phase in found]
+        values = [seconds[phase] for seconds in timed if phase in seconds]
         cells = (f"{sums[phase] / total:.1%}", _short(median(values)), _short(max(values))) if values else ("",) * 3
         tds = "".join(f"<td>{cell}</td>" for cell in cells)
         lines.append(f'<tr><td class="words"><i class="phase{i % 6}"></i>{escape(phase)}</td>{tds}</tr>')
@@ -460,8 +280,8 @@ def _made_by(rows: Sequence[VideoRow]) -> str:
     counts: Counter[str] = Counter()
     for row in rows:
         if row.state == State.DONE:
-            made = {"isolation": row.isolation, "model_hash": row.model_hash, "versions": row.versions}
-            counts[json.dumps(made, indent=2, ensure_ascii=False, default=str)] += 1
+            used = {"isolation": row.isolation, "model_hash": row.model_hash, "versions": row.versions}
+            counts[json.dumps(used, indent=2, ensure_ascii=False, default=str)] += 1
     return "".join(
         f'<article class="job"><h2>Made with</h2><p class="about">{_videos(count)}</p>'
         f'<div class="copyable"><pre>{escape(text)}</pre>{_COPY}</div></article>'
@@ -469,12 +289,12 @@ def _made_by(rows: Sequence[VideoRow]) -> str:
     )
 
 
-def _command(found: Any) -> str:
+def _command(recorded: Any) -> str:
     """As a shell takes it, whether it was recorded as a line or as words."""
-    if isinstance(found, list | tuple):
-        words = [str(word) for word in found]
+    if isinstance(recorded, list | tuple):
+        words = [str(word) for word in recorded]
         return shlex.join(words if words[:1] == ["reelbatch"] else ["reelbatch", *words])
-    return found if isinstance(found, str) else ""
+    return recorded if isinstance(recorded, str) else ""
 
 
 def _without_passwords(value: Any) -> Any:
@@ -520,8 +340,8 @@ def _clock(at: float) -> str:
 
 
 def _time(text: str) -> str:
-    at = _moment(text)
+    at = moment(text)
     if at is None:
         return escape(text)
-    moment = datetime.fromtimestamp(at, UTC)
-    return f'<time class="full" datetime="{moment.isoformat(timespec="seconds")}">{moment:%Y-%m-%d %H:%M} UTC</time>'
+    time = datetime.fromtimestamp(at, UTC)
+    return f'<time class="full" datetime="{time.isoformat(timespec="seconds")}">{time:%Y-%m-%d %H:%M} UTC</time>'

@@ -1,4 +1,4 @@
-"""A run: an engine makes the videos that a manifest asks for, and a thread beside it writes them.
+"""A worker: an engine makes the videos that a manifest asks for, and a thread beside it writes them.
 
 What a kill leaves is put right at the next start: a row that was claimed waits again, a file that has its final name is
 whole and is adopted, and what was written aside by a dead process is removed.
@@ -9,20 +9,22 @@ from __future__ import annotations
 import errno
 import hashlib
 import shutil
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from reelbatch.device import OutOfMemory, free_memory, is_out_of_memory, log
+from reelbatch.device import log
 from reelbatch.engine.engine import Engine, Failure
+from reelbatch.engine.fallback import with_reliefs
 from reelbatch.engine.sample import SavedState
-from reelbatch.jobs.manifest import BEAT_SECONDS, OPEN, Made, Manifest, ManifestError, VideoRow
+from reelbatch.jobs.heartbeat import BEAT_SECONDS, Heartbeat
+from reelbatch.jobs.manifest import OPEN, Finished, Manifest, ManifestError, VideoRow
 from reelbatch.jobs.states import States
 from reelbatch.request import VideoRequest
 from reelbatch.video import MADE_BY, PART, Video, embedded_record, read_video, write_sidecar
@@ -30,8 +32,6 @@ from reelbatch.video import MADE_BY, PART, Video, embedded_record, read_video, w
 OWN_FOLDER = ".reelbatch"
 UNWRITTEN = 4
 """Videos that may wait for the writer before the engine waits too: frames must not pile up in memory."""
-DECODE_BESIDE = 2
-"""Videos decoded beside the next steps, where those are not computed by the same cores: on the CPU it costs 8 %."""
 WRITE_AGAIN_AFTER = (1.0, 5.0, 15.0)
 """Seconds to wait before a file is written again that the folder would not take: networks and full disks recover."""
 OLD_SECONDS = 3600.0
@@ -64,7 +64,7 @@ class _Unwritten:
     future: Future[dict[str, Any] | None]
 
 
-class Run:
+class Worker:
     """One process's part in a job.
 
     Args:
@@ -96,8 +96,9 @@ class Run:
         self.checkpoint_every, self.stopping = checkpoint_every, stopping
         self.states = States(folder / OWN_FOLDER / "states")
         self._rows: dict[str, VideoRow] = {}
+        self._failures: deque[tuple[VideoRow, Failure]] = deque()
         self._unwritten: deque[_Unwritten] = deque()
-        self._heart = _Heart(manifest)
+        self._heartbeat = Heartbeat(manifest)
         self._looked = time.monotonic()
         self._given_up = False
 
@@ -108,28 +109,24 @@ class Run:
             FolderError: if the output folder takes no more files.
             ManifestError: if the manifest cannot be used any more.
         """
-        if self.engine.model.device.type != "cpu":
-            self.engine.decode_beside = None
         steps = 0
-        with self._heart, ThreadPoolExecutor(max_workers=1, thread_name_prefix="writer") as self._writer:
+        with self._heartbeat, ThreadPoolExecutor(max_workers=1, thread_name_prefix="writer") as self._writer:
             self._clear_away()
             while not self.stopping():
                 yield from self._claim()
                 self._drop_lost()
                 if not self.engine.busy:
-                    yield from self._written(leave=0)
+                    yield from self._ended(leave=0)
                     if not self._others_work():
                         break
                     continue
-                for end in self.engine.step():
-                    yield from self._take(end)
-                yield from self._written(max(UNWRITTEN, self.engine.planner.max_batch_size))
+                self._receive(self.engine.step())
+                yield from self._ended(max(UNWRITTEN, self.engine.planner.max_batch_size))
                 steps += 1
                 if self.checkpoint_every and steps % self.checkpoint_every == 0:
                     self._save_states()
-            for end in self.engine.drain():
-                yield from self._take(end)
-            yield from self._written(leave=0)
+            self._receive(self.engine.drain())
+            yield from self._ended(leave=0)
             self._save_states(let_go=True)
         self._tidy()
 
@@ -140,18 +137,18 @@ class Run:
         room = self.engine.planner.max_batch_size - self.engine.waiting
         if room <= 0:
             return
-        for row in self.manifest.claim(self._heart.owner, self.job, room):
+        for row in self.manifest.claim(self._heartbeat.owner, self.job, room):
             request, path = row.to_request(), self.folder / row.file
-            made = None if self.overwrite else self._made_before(path, row)
-            if made is not None:
-                self.manifest.adopt(row.id, made)
+            finished = None if self.overwrite else self._finished_before(path, row)
+            if finished is not None:
+                self.manifest.adopt(row.id, finished)
                 yield Outcome(request, path, embedded_record(path))
                 continue
             self._rows[row.id] = row
             try:
                 self._submit(request, self.states.load(row.fingerprint) if row.step else None)
             except ValueError as error:
-                yield from self._take(Failure(request, error))
+                self._receive([Failure(request, error)])
 
     def _submit(self, request: VideoRequest, saved: SavedState | None) -> None:
         try:
@@ -162,23 +159,24 @@ class Run:
             log.warning("%s: it starts anew", error)
             self.engine.submit(request)
 
-    def _made_before(self, path: Path, row: VideoRow) -> Made | None:
-        """Of a whole video of this very row, which a process put in place before it was killed."""
+    def _finished_before(self, path: Path, row: VideoRow) -> Finished | None:
+        """What to record of a whole video of this very row, which a process put in place before it was killed."""
         record = embedded_record(path) if path.exists() else None
         if record is None or record.get("request") != row.request or is_damaged(path, row.to_request()):
             return None
-        if any(record.get(name) != self.engine.info[name] for name in MADE_BY):
+        decides = [*MADE_BY, *(["threads"] if "threads" in record else [])]  # versions before did not record threads
+        if any(record.get(name) != self.engine.info[name] for name in decides):
             return None
         if self.sidecars:
             write_sidecar(path, record)
-        return _made(path, record, self.weights, record["seconds"])
+        return _finished(path, record, self.weights, record["seconds"])
 
     def _drop_lost(self) -> None:
         """What was cancelled, or taken by others who thought this process dead, is not made any further."""
         if time.monotonic() - self._looked < BEAT_SECONDS:
             return
         self._looked = time.monotonic()
-        mine = self.manifest.mine(self._heart.owner)
+        mine = self.manifest.mine(self._heartbeat.owner)
         for id in self._rows.keys() - mine:
             self.engine.cancel(id)
 
@@ -188,25 +186,32 @@ class Run:
         if not sum(counts[state] for state in OPEN):
             return False
         time.sleep(OTHERS_SECONDS)
-        if self.manifest.bury():
+        if self.manifest.reap():
             self._clear_away()
         return True
 
     # -- after a step ------------------------------------------------------------------------------
 
-    def _take(self, end: Video | Failure) -> Iterator[Outcome]:
-        row = self._rows.pop(end.request.id)
-        if isinstance(end, Video):
-            future = self._writer.submit(self._write, end, row)
-            self._unwritten.append(_Unwritten(row, end.request, future))
-            return
-        if not end.cancelled:
-            self.manifest.fail(self._heart.owner, row.id, _told(end.error))
-        self.states.forget(row.fingerprint)
-        yield Outcome(end.request, self.folder / row.file, error=end.error, cancelled=end.cancelled)
+    def _receive(self, results: Sequence[Video | Failure]) -> None:
+        """Takes over what the engine hands out. Nothing here raises: every video is with the writer before anything
+        that may is tried."""
+        for result in results:
+            row = self._rows.pop(result.request.id)
+            if isinstance(result, Video):
+                future = self._writer.submit(self._write, result, row)
+                self._unwritten.append(_Unwritten(row, result.request, future))
+            else:
+                self._failures.append((row, result))
 
-    def _written(self, leave: int) -> Iterator[Outcome]:
-        """What the writer is through with; waits for it only while more than `leave` are open."""
+    def _ended(self, leave: int) -> Iterator[Outcome]:
+        """Outcomes, each once the manifest has it; waits for the writer only while more than `leave` are open."""
+        while self._failures:
+            row, failure = self._failures[0]
+            if not failure.cancelled:
+                self.manifest.fail(self._heartbeat.owner, row.id, _reason(failure.error))
+            self.states.forget(row.fingerprint)
+            self._failures.popleft()
+            yield Outcome(failure.request, self.folder / row.file, error=failure.error, cancelled=failure.cancelled)
         while self._unwritten and (self._unwritten[0].future.done() or len(self._unwritten) > leave):
             done = self._unwritten.popleft()
             path = self.folder / done.row.file
@@ -215,7 +220,7 @@ class Run:
             except (FolderError, ManifestError):
                 raise
             except Exception as error:
-                self.manifest.fail(self._heart.owner, done.row.id, _told(error))
+                self.manifest.fail(self._heartbeat.owner, done.row.id, _reason(error))
                 yield Outcome(done.request, path, error=error)
             else:
                 if record is not None:
@@ -227,7 +232,7 @@ class Run:
             raise FolderError(f"{self.folder} takes no more files")
         for wait in (*WRITE_AGAIN_AFTER, None):
             try:
-                return self._write_or_free(video, row)
+                return with_reliefs(f"writing {row.file}", partial(self._write_once, video, row))[0]
             except OSError as error:
                 if isinstance(error, ManifestError) or not _of_the_folder(error):
                     raise
@@ -241,31 +246,15 @@ class Run:
                 time.sleep(wait)
         raise AssertionError("unreachable: the last attempt returns or raises")
 
-    def _write_or_free(self, video: Video, row: VideoRow) -> dict[str, Any] | None:
-        try:
-            return self._write_once(video, row)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-        log.warning("out of memory in writing %s: tried again after memory was freed", row.file)
-        free_memory()
-        try:
-            return self._write_once(video, row)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            raise OutOfMemory(f"writing {row.file} runs out of memory, also after memory was freed: {error}") from error
-
     def _write_once(self, video: Video, row: VideoRow) -> dict[str, Any] | None:
-        started, own = time.perf_counter(), self._own_folder(self._heart.owner)
+        started, own, owner = time.perf_counter(), self._own_folder(self._heartbeat.owner), self._heartbeat.owner
         own.mkdir(parents=True, exist_ok=True)
         (self.folder / row.file).parent.mkdir(exist_ok=True)
-        with video.written_aside(self.folder / row.file, own) as written:
+        with video.written_aside(self.folder / row.file, own) as file:
             seconds = {**video.provenance["seconds"], "write": time.perf_counter() - started}
-            made = _made(written.part, video.record, self.weights, seconds)
-            if not self.manifest.finish(
-                self._heart.owner, row.id, made, lambda: written.put_in_place(self.overwrite, self.sidecars)
-            ):
+            finished = _finished(file.part, video.record, self.weights, seconds)
+            put_in_place = partial(file.put_in_place, self.overwrite, self.sidecars)
+            if not self.manifest.finish(owner, row.id, finished, put_in_place):
                 return None
         self.states.forget(row.fingerprint)
         return video.record
@@ -276,7 +265,7 @@ class Run:
         states = self.engine.states()
         for id, state in states.items():
             self.states.save(self._rows[id].fingerprint, state)
-        self.manifest.saved(self._heart.owner, {id: state.step for id, state in states.items()}, let_go=let_go)
+        self.manifest.saved(self._heartbeat.owner, {id: state.step for id, state in states.items()}, let_go=let_go)
 
     def _own_folder(self, owner: str) -> Path:
         """Where a process writes what is not in its place yet."""
@@ -299,43 +288,10 @@ class Run:
             shutil.rmtree(self.folder / OWN_FOLDER, ignore_errors=True)
 
 
-class _Heart:
-    """Keeps the process known as living, in a thread beside the work."""
-
-    def __init__(self, manifest: Manifest) -> None:
-        self.manifest = manifest
-        self.owner = ""
-        self._stop = threading.Event()
-
-    def __enter__(self) -> _Heart:
-        self.manifest.bury()
-        self.owner = self.manifest.enlist()
-        self._thread = threading.Thread(target=self._beat, name="heart", daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        try:
-            self.manifest.leave(self.owner)
-        except ManifestError as error:
-            log.warning("%s", error)  # an error that is on its way says more
-
-    def _beat(self) -> None:
-        while not self._stop.wait(BEAT_SECONDS):
-            try:
-                if not self.manifest.beat(self.owner):
-                    log.warning("another process took this one for dead and goes on with its videos")
-                    self.owner = self.manifest.enlist()
-            except ManifestError as error:
-                log.warning("%s", error)
-
-
-def _made(file: Path, record: dict[str, Any], weights: str, seconds: dict[str, float]) -> Made:
+def _finished(file: Path, record: dict[str, Any], weights: str, seconds: dict[str, float]) -> Finished:
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return Made(
+    return Finished(
         sha256=digest,
         size=file.stat().st_size,
         frames_sha256=record["frames_sha256"],
@@ -362,7 +318,8 @@ def _of_the_folder(error: Exception) -> bool:
     return isinstance(error, OSError) and not own
 
 
-def _told(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
+    """An error as the manifest keeps it."""
     if isinstance(error, FileExistsError):
         return (
             f"{error}: a file of that name is there which is not this job's; move it away, then `reelbatch job retry`"

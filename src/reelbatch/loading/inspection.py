@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
+from reelbatch.attention import rule_names
 from reelbatch.device import choose_device, device_memory_bytes
 from reelbatch.loading.hub import REAL_MODEL, ModelFolderError, model_name
 from reelbatch.loading.layout import CLASSES, OTHER_SCHEDULES, WEIGHTS
@@ -175,6 +176,7 @@ def inspect(folder: str | Path) -> ModelInfo:
         spatial_stride=vae.get("spatial_compression_ratio", 8) * transformer.get("patch_size", 2),
         temporal_stride=vae.get("temporal_compression_ratio", 4),
         defaults=profile.defaults,
+        attention_rules=rule_names,
     )
     try:
         VideoRequest(prompt="-", **vars(profile.defaults)).for_model(limits)

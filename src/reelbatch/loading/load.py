@@ -89,10 +89,14 @@ def _load_networks(
     stored = {component.name: component.stored_bytes for component in info.components}
     for name, network in NETWORKS.items():
         dtype = precision.of(name)
+        with_lora = (
+            name == "transformer" and len(lora) > 0
+        )  # a LoRA comes in the dtype of the weights that it is beside
+        as_stored = placement.waits_on_disk and not with_lora
         try:
             module, report = network.from_pretrained(
                 info.folder / name,
-                dtype=_stored_dtype(stored[name], dtype) if placement.waits_on_disk else dtype,
+                dtype=_stored_dtype(stored[name], dtype) if as_stored else dtype,
                 local_files_only=True,
                 use_safetensors=True,
                 output_loading_info=True,
@@ -105,7 +109,7 @@ def _load_networks(
                 f"{info.folder / name}: lacks {len(missing)} weights that the network needs, such as {missing[0]}; "
                 "download it again"
             )
-        if name == "transformer" and lora:
+        if with_lora:
             load_loras(module, lora)
         networks[name] = module.eval().requires_grad_(False)
         # at once, so that no two networks are where one has room

@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,11 +46,18 @@ def parse_lora(text: str) -> tuple[Path, float]:
 def lora_label(path: str | Path, scale: float) -> str:
     """What to call a LoRA: its file's name, its scale, and the beginning of the SHA-256 of its bytes."""
     try:
-        with Path(path).open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        about = Path(path).stat()
+        digest = _file_hash(Path(path).absolute(), about.st_size, about.st_mtime_ns)
     except OSError as error:
         raise LoraError(f"{path}: cannot be read: {error.strerror}") from None
     return f"{Path(path).name}:{scale:g} ({digest[:12]})"
+
+
+@cache
+def _file_hash(path: Path, size: int, changed: int) -> str:
+    """Read once, as long as size and time of the last change stay."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_loras(transformer: HunyuanVideoTransformer3DModel, files: Sequence[tuple[str | Path, float]]) -> None:

@@ -115,10 +115,12 @@ def _fake_weights(network: nn.Module, dtype: torch.dtype, device: torch.device) 
 class _Int8Linear(nn.Module):
     """A linear layer with weights in 8 bits, which are written out in the dtype of its input while it works."""
 
+    scale: Tensor
+
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.weight = nn.Parameter(linear.weight.to(torch.int8), requires_grad=False)
-        self.scale = nn.Parameter(linear.weight[:, :1], requires_grad=False)
+        self.register_buffer("scale", linear.weight[:, :1])
         self.bias = linear.bias
 
     def forward(self, rows: Tensor) -> Tensor:

@@ -15,16 +15,15 @@ from datetime import date
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from reelbatch.device import cache_folder
-from reelbatch.loading.identity import Identity, identity
-from reelbatch.loading.precision import Precision
 from reelbatch.memory.estimate import Plan
+from reelbatch.memory.identity import Identity
 
 CorrectedPhase = Literal["step", "decode"]
 CORRECTED: tuple[CorrectedPhase, ...] = ("step", "decode")
+ESTIMATES = "traces"
 SCALES = (0.8, 1.25)
 """What a scale is kept within: the videos measured are small, and those planned for are not."""
 
@@ -43,7 +42,11 @@ class Correction(BaseModel):
 
 
 class Calibration(BaseModel):
-    """Corrections for an identity, and the errors of the uncorrected estimates (over measured, less 1)."""
+    """Corrections for an identity, and the errors of the uncorrected estimates (over measured, less 1).
+
+    Attributes:
+        estimates: how those were made that it corrects; files without it are of a time of fitted formulas.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -53,6 +56,7 @@ class Calibration(BaseModel):
     decode: Correction
     errors: dict[CorrectedPhase, tuple[float, ...]]
     measured: date
+    estimates: str = "formulas"
 
     def corrected(self, estimated: Plan) -> Plan:
         """The plan with its steps and its decoding corrected; weights and text stay."""
@@ -81,9 +85,8 @@ def fit(pairs: Sequence[tuple[int, int]]) -> Correction:
     return Correction(scale=scale, offset=round(max(y - scale * x for x, y in pairs)))
 
 
-def find(folder: Path, model: str, device: torch.device, dtype: Precision | str) -> Found:
+def find(wanted: Identity) -> Found:
     """The stored calibration of a model on a device that is here."""
-    wanted = identity_of(folder, model, device, dtype)
     try:
         text = _path(wanted).read_text(encoding="utf-8")
     except OSError:
@@ -92,6 +95,8 @@ def find(folder: Path, model: str, device: torch.device, dtype: Precision | str)
         calibration = Calibration.model_validate_json(text)
     except ValueError:
         return Found(None, f"{_path(wanted).name} is damaged or of another version")
+    if calibration.estimates != ESTIMATES:
+        return Found(None, "it corrects the estimates of an earlier version, which were made in another way")
     differences = calibration.identity.differences(wanted)
     return Found(None, "; ".join(differences)) if differences else Found(calibration)
 
@@ -104,11 +109,6 @@ def store(calibration: Calibration) -> Path:
     part.write_text(calibration.model_dump_json(indent=2) + "\n", encoding="utf-8")
     part.replace(path)
     return path
-
-
-def identity_of(folder: Path, model: str, device: torch.device, dtype: Precision | str) -> Identity:
-    """What a calibration holds for."""
-    return identity(folder, model, "any shape", device=device, dtype=dtype)
 
 
 def _path(wanted: Identity) -> Path:

@@ -22,6 +22,7 @@ from accelerate.utils import send_to_device
 from torch import nn
 
 from reelbatch.device import free_memory, gibibytes
+from reelbatch.memory.alignment import align_weights
 from reelbatch.memory.streaming import DiskGroup, groups_of, network_bytes, stop_streaming, stream, streamed_bytes
 from reelbatch.models.family import PHASES, Phase
 
@@ -150,6 +151,7 @@ class Placement:
         self._parts.append(part)
         if self.offload == "none":
             network.to(self.device)
+            align_weights(network)
             return
         if self.offload == "block" and blockwise:
             stream(network, self.device, self._folder_of(name) if self.waits_on_disk else None)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import json
+import mmap
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,11 @@ from typing import Any
 import torch
 from diffusers.hooks import HookRegistry, apply_group_offloading
 from diffusers.hooks.group_offloading import ModuleGroup
-from safetensors import safe_open
 from torch import nn
 
+from reelbatch.memory.alignment import ALIGNMENT
+
 CPU = torch.device("cpu")
-ALIGNMENT = 64
-"""Bytes: what PyTorch aligns memory to on the CPU, and the widest register of a processor."""
 GROUP_HOOKS = ("group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading")
 """Diffusers' names of what group offload hangs into a network."""
 
@@ -32,28 +33,29 @@ class MemoryGroup(ModuleGroup):
 
 
 class DiskGroup(ModuleGroup):
-    """Weights that wait on disk, of which nothing stays in memory. Those that joined later (a LoRA's) stay there.
-
-    A weight comes back to an address with the remainder by `ALIGNMENT` that it had: matrix products choose their path
-    by it, and would give other last bits.
-    """
-
-    remainders: Mapping[torch.Tensor, int] | None = None
-    """While the weights are on disk: of their addresses before."""
+    """Weights that wait on disk, of which nothing stays in memory. Those that joined later (a LoRA's) stay there."""
 
     def _offload_to_disk(self) -> None:
-        if self.remainders is None:
-            self.remainders = _remainders(self.tensor_to_key)
         if not self._is_offloaded_to_disk:
             super()._offload_to_disk()
         for tensor in self.tensor_to_key:  # where Diffusers would leave as much memory, unwritten
             tensor.data = torch.empty(1, dtype=tensor.dtype).expand(tensor.shape)
 
     def _onload_from_disk(self) -> None:
-        remainders, self.remainders = self.remainders or {}, None
-        with safe_open(self.safetensors_file_path, "pt") as file:
+        """Reads into pages of its own, which go back to the system when the weights leave, each weight at an aligned
+        address; in a mapped file they are not."""
+        with Path(self.safetensors_file_path).open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+            sizes = {tensor: -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in self.tensor_to_key}
+            pages, start = mmap.mmap(-1, max(sum(sizes.values()), 1)), 0
             for key, tensor in self.key_to_tensor.items():
-                tensor.data = _at_remainder(file.get_tensor(key), remainders.get(tensor, 0))
+                file.seek(8 + length + header[key]["data_offsets"][0])
+                file.readinto(memoryview(pages)[start : start + tensor.nbytes])
+                if tensor.numel():
+                    loaded = torch.frombuffer(pages, dtype=tensor.dtype, count=tensor.numel(), offset=start)
+                    tensor.data = loaded.view(tensor.shape)
+                start += sizes[tensor]
 
     def cast(self, dtype: torch.dtype) -> None:
         """Casts all weights, as `from_pretrained` would have."""
@@ -70,18 +72,6 @@ class DiskGroup(ModuleGroup):
         return [t for t in self.tensor_to_key if isinstance(t, nn.Parameter) and t.is_floating_point()]
 
 
-def _remainders(tensors: Iterable[torch.Tensor]) -> dict[torch.Tensor, int]:
-    return {tensor: tensor.data_ptr() % ALIGNMENT for tensor in tensors}
-
-
-def _at_remainder(tensor: torch.Tensor, remainder: int) -> torch.Tensor:
-    """A copy at an address with this remainder by `ALIGNMENT`."""
-    size = tensor.element_size()
-    room = torch.empty(tensor.numel() + ALIGNMENT // size, dtype=tensor.dtype)
-    start = (remainder - room.data_ptr()) % ALIGNMENT // size
-    return room[start : start + tensor.numel()].view(tensor.shape).copy_(tensor)
-
-
 def stream(network: nn.Module, device: torch.device, folder: Path | None, prefetch: bool = True) -> None:
     """Makes a network's weights wait elsewhere; a block's come to `device` for as long as it works.
 
@@ -90,8 +80,6 @@ def stream(network: nn.Module, device: torch.device, folder: Path | None, prefet
         folder: an empty one for weights that wait on disk; None: they wait in the CPU's memory.
         prefetch: on CUDA, whether the next block's weights come while one works.
     """
-    weights = () if folder is None else (*network.parameters(), *network.buffers())
-    remainders = _remainders(weights)  # now, as Diffusers offloads at once
     apply_group_offloading(
         network,
         onload_device=device,
@@ -105,7 +93,6 @@ def stream(network: nn.Module, device: torch.device, folder: Path | None, prefet
     for group in groups_of(network):
         group.__class__ = MemoryGroup if folder is None else DiskGroup
         if folder is not None:
-            group.remainders = remainders
             group.offload_()
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from reelbatch import ragged
 from reelbatch.attention import AUTO, Mask, ragged_attention
+from reelbatch.models.linear import ROWS, linear, pad_rows, padding_of
 from reelbatch.ragged import Lengths
 from reelbatch.tracing import cached
 
@@ -72,9 +73,11 @@ class TwoStreams:
 
     video: Float[Tensor, "video_tokens dim"]
     text: Float[Tensor, "text_tokens dim"]
-    condition: Float[Tensor, "branches dim"]
-    part_condition: Float[Tensor, "parts dim"]
-    """Of the rows that share a modulation (`Layout.video_parts`); `condition` itself where a branch has but one."""
+    condition: Float[Tensor, "padded_branches dim"]
+    """A row for each branch, and rows to ignore: padded once, no modulation is too small a product (`linear`)."""
+    part_condition: Float[Tensor, "padded_parts dim"]
+    """A row for each run of rows that share a modulation (`Layout.video_parts`); `condition` itself where that is a
+    branch."""
     layout: Layout
     attend: Attending = Attending()
 
@@ -90,7 +93,7 @@ class Modulation(nn.Module):
         super().__init__()
         self.linear = nn.Linear(dim, vectors * dim)
 
-    def forward(self, condition: Float[Tensor, "branches dim"]) -> tuple[Tensor, ...]:
+    def forward(self, condition: Float[Tensor, "padded_branches dim"]) -> tuple[Tensor, ...]:
         return self.linear(condition).split(condition.shape[-1], dim=-1)
 
 
@@ -184,7 +187,16 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(in_channels, dim, kernel_size=patch, stride=patch)
 
     def forward(self, latents: Sequence[Float[Tensor, "channels frames height width"]]) -> Float[Tensor, "video dim"]:
-        return ragged.join([self.proj(sample.unsqueeze(0))[0].flatten(1).t() for sample in latents]).contiguous()
+        return ragged.join([self._project(sample).flatten(1).t() for sample in latents]).contiguous()
+
+    def _project(self, latents: Tensor) -> Float[Tensor, "dim frames rows columns"]:
+        kernel = self.proj.weight.shape[1:]
+        if latents.numel() >= ROWS * kernel.numel() or not padding_of(1, latents):
+            return self.proj(latents.unsqueeze(0))[0]
+        # few patches are as small a product as few rows: patches of zeros beside them, cut off again
+        columns = latents.shape[-1] // kernel[-1]
+        beside = F.pad(latents, (0, (ROWS - 1) * kernel[-1]))
+        return self.proj(beside.unsqueeze(0))[0][..., :columns]
 
 
 class Projections(nn.Module):
@@ -211,8 +223,8 @@ class RefinerAttention(Projections):
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
 
     def forward(self, rows: Float[Tensor, "tokens dim"], lengths: Lengths) -> Float[Tensor, "tokens dim"]:
-        query, key, value = (self._heads(to(rows)) for to in (self.to_q, self.to_k, self.to_v))
-        return self.to_out[0](ragged_attention(query, key, value, lengths))
+        query, key, value = (self._heads(linear(to, rows)) for to in (self.to_q, self.to_k, self.to_v))
+        return linear(self.to_out[0], ragged_attention(query, key, value, lengths))
 
 
 class RefinerBlock(nn.Module):
@@ -228,7 +240,7 @@ class RefinerBlock(nn.Module):
     def forward(self, rows: Tensor, lengths: Lengths, condition: Tensor) -> Tensor:
         gate_msa, gate_mlp = self.norm_out(condition)
         rows = gated_residual(rows, lengths, gate_msa, self.attn(self.norm1(rows), lengths))
-        return gated_residual(rows, lengths, gate_mlp, self.ff(self.norm2(rows)))
+        return gated_residual(rows, lengths, gate_mlp, linear(self.ff, self.norm2(rows)))
 
 
 class Refiner(nn.Module):
@@ -261,8 +273,10 @@ class TokenRefiner(nn.Module):
         lengths = tuple(len(states) for states in text)
         # a text of no tokens has the mean zero, not 0/0; the mean is taken in fp32, as in the reference
         means = [states.float().sum(0) / max(len(states), 1) for states in text]
-        condition = self.time_text_embed(timestep, torch.stack(means).to(text[0].dtype))
-        return self.token_refiner(self.proj_in(ragged.join(text)), lengths, F.silu(condition))
+        pooled = torch.stack(means).to(text[0].dtype)
+        padding = padding_of(len(pooled), pooled)
+        condition = self.time_text_embed(pad_rows(timestep, padding), pad_rows(pooled, padding))
+        return self.token_refiner(linear(self.proj_in, ragged.join(text)), lengths, F.silu(condition))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -290,13 +304,13 @@ class JointAttention(Projections):
     def two_streams(self, video: Tensor, text: Tensor, layout: Layout, attend: Attending) -> tuple[Tensor, Tensor]:
         """Video and text attend together, each projected by its own weights."""
         starts = _starts(layout.video)
-        query = rotate_video_(self.norm_q(self._heads(self.to_q(video))), starts, layout)
-        key = rotate_video_(self.norm_k(self._heads(self.to_k(video))), starts, layout)
-        value = self._heads(self.to_v(video))
+        query = rotate_video_(self.norm_q(self._heads(linear(self.to_q, video))), starts, layout)
+        key = rotate_video_(self.norm_k(self._heads(linear(self.to_k, video))), starts, layout)
+        value = self._heads(linear(self.to_v, video))
 
-        text_query = self.norm_added_q(self._heads(self.add_q_proj(text)))
-        text_key = self.norm_added_k(self._heads(self.add_k_proj(text)))
-        text_value = self._heads(self.add_v_proj(text))
+        text_query = self.norm_added_q(self._heads(linear(self.add_q_proj, text)))
+        text_key = self.norm_added_k(self._heads(linear(self.add_k_proj, text)))
+        text_value = self._heads(linear(self.add_v_proj, text))
 
         query, key, value = (
             ragged.interleave(video_rows, layout.video, text_rows, layout.text)
@@ -304,14 +318,14 @@ class JointAttention(Projections):
         )
         attended = attend(query, key, value, layout.joint)
         video, text = ragged.separate(attended, layout.video, layout.text)
-        return self.to_out[0](video), self.to_add_out(text)
+        return linear(self.to_out[0], video), linear(self.to_add_out, text)
 
     def one_stream(self, tokens: Tensor, layout: Layout, attend: Attending) -> Tensor:
         """The joint sequence attends to itself; the output projection is the block's own."""
         starts = _starts(layout.joint)
-        query = rotate_video_(self.norm_q(self._heads(self.to_q(tokens))), starts, layout)
-        key = rotate_video_(self.norm_k(self._heads(self.to_k(tokens))), starts, layout)
-        return attend(query, key, self._heads(self.to_v(tokens)), layout.joint)
+        query = rotate_video_(self.norm_q(self._heads(linear(self.to_q, tokens))), starts, layout)
+        key = rotate_video_(self.norm_k(self._heads(linear(self.to_k, tokens))), starts, layout)
+        return attend(query, key, self._heads(linear(self.to_v, tokens)), layout.joint)
 
 
 class DualStreamBlock(nn.Module):
@@ -345,8 +359,8 @@ class DualStreamBlock(nn.Module):
         text = gated_residual(text, layout.text, c_gate_msa, text_update)
 
         # 2. Feed-forward
-        video_update = self.ff(modulated_norm(video, layout.video_parts, shift_mlp, scale_mlp))
-        text_update = self.ff_context(modulated_norm(text, layout.text, c_shift_mlp, c_scale_mlp))
+        video_update = linear(self.ff, modulated_norm(video, layout.video_parts, shift_mlp, scale_mlp))
+        text_update = linear(self.ff_context, modulated_norm(text, layout.text, c_shift_mlp, c_scale_mlp))
         return replace(
             pack,
             video=gated_residual(video, layout.video_parts, gate_mlp, video_update),

@@ -8,6 +8,7 @@ from typing import Protocol, TypeVar
 
 from reelbatch.engine.planner import Isolation
 
+ISOLATIONS: tuple[Isolation, ...] = ("exact", "packed")
 NEAR_BEST = 0.95
 """The smallest batch that reaches this share of the best throughput is chosen: larger ones cost more than they give."""
 PACKED_MUST_WIN = 1.10
@@ -82,11 +83,12 @@ def choose(points: Sequence[P], limits: Limits = NO_LIMITS) -> Choice:
     kept = [point for point in points if limits.kept_by(point)]
     if not kept:
         raise NothingKept(_nothing_kept(points, limits))
-    exact = [point for point in kept if point.isolation == "exact" or point.batch == 1]
-    packed = [point for point in kept if point.isolation == "packed" or point.batch == 1]
+    exact, packed = (
+        [point for point in kept if point.isolation == isolation or point.batch == 1] for isolation in ISOLATIONS
+    )
     best_exact, best_packed = _best(exact), _best(packed)
     exact_point, packed_point = _smallest_near_best(exact), _smallest_near_best(packed)
-    takes_packed = best_packed is not None and (best_exact is None or best_packed > PACKED_MUST_WIN * best_exact)
+    takes_packed = best_packed > PACKED_MUST_WIN * best_exact
     chosen = packed_point if takes_packed else exact_point
     assert chosen is not None
     return Choice(
@@ -98,81 +100,74 @@ def choose(points: Sequence[P], limits: Limits = NO_LIMITS) -> Choice:
     )
 
 
-def _best(points: Iterable[Measured]) -> float | None:
-    return max((point.videos_per_hour for point in points), default=None)
+def _best(points: Iterable[Measured]) -> float:
+    """Videos an hour; 0 without points."""
+    return max((point.videos_per_hour for point in points), default=0.0)
 
 
 def _smallest_near_best(points: Sequence[P]) -> P | None:
-    best = _best(points)
-    if best is None:
-        return None
-    near = [point for point in points if point.videos_per_hour >= NEAR_BEST * best]
-    return min(near, key=lambda point: point.batch)
+    near = [point for point in points if point.videos_per_hour >= NEAR_BEST * _best(points)]
+    return min(near, key=lambda point: point.batch, default=None)
 
 
 # -- words -----------------------------------------------------------------------------------------
 
 
-def _why(chosen: P, points: Sequence[P], kept: Sequence[P], best_exact: float | None, best_packed: float | None) -> str:
+def _why(chosen: P, points: Sequence[P], kept: Sequence[P], best_exact: float, best_packed: float) -> str:
     own = [point for point in points if point.isolation == chosen.isolation or point.batch == 1]
     allowed = [point for point in kept if point in own]
-    best = max(allowed, key=lambda point: point.videos_per_hour)
-    alone = next((point for point in points if point.batch == 1), None)
-    reasons = [_against_others(chosen, best, alone, own)]
+    reasons = [_against_others(chosen, allowed, own)]
     if len(allowed) < len(own):
         reasons.append(f"larger ones break a limit ({', '.join(str(p.batch) for p in own if p not in kept)})")
     reasons.append(_isolations(chosen, best_exact, best_packed))
-    return "; ".join(reason for reason in reasons if reason) + "."
+    return "; ".join(filter(None, reasons)) + "."
 
 
-def _against_others(chosen: Measured, best: Measured, alone: Measured | None, own: Sequence[Measured]) -> str:
-    largest = max(own, key=lambda point: point.batch)
+def _against_others(chosen: Measured, allowed: Sequence[Measured], own: Sequence[Measured]) -> str:
+    best = max(allowed, key=lambda point: point.videos_per_hour)
+    alone = next((point for point in own if point.batch == 1), None)
     if chosen.batch == 1:
-        if largest.batch == 1:
+        if max(point.batch for point in own) == 1:
             return "no larger batch was measured"
         gain = best.videos_per_hour / chosen.videos_per_hour - 1
-        found = (
-            f"the best of the larger ones gives only {gain:.0%} more" if gain >= 0.005 else "larger ones give no more"
-        )
-        return f"one video keeps the device busy already: {found}"
-    times = f"{chosen.videos_per_hour / alone.videos_per_hour:.2f} times the throughput of one alone" if alone else ""
-    if chosen.batch == best.batch:
-        more = "the best measured"
-    else:
-        share = chosen.videos_per_hour / best.videos_per_hour
-        more = f"{share:.0%} of the best, which takes a batch of {best.batch}"
-    return f"{times}, and {more}" if times else more
+        others = f"the best of the larger ones gives only {gain:.0%} more" if gain >= 0.005 else ""
+        return f"one video keeps the device busy already: {others or 'larger ones give no more'}"
+    share = chosen.videos_per_hour / best.videos_per_hour
+    of_best = f"{share:.0%} of the best, which takes a batch of {best.batch}"
+    more = "the best measured" if chosen.batch == best.batch else of_best
+    if alone is None:
+        return more
+    return f"{chosen.videos_per_hour / alone.videos_per_hour:.2f} times the throughput of one alone, and {more}"
 
 
-def _isolations(chosen: Measured, best_exact: float | None, best_packed: float | None) -> str:
-    if best_exact is None:
+def _isolations(chosen: Measured, best_exact: float, best_packed: float) -> str:
+    if not best_exact:
         return "only packed keeps to the limits"
-    if best_packed is None:
+    if not best_packed:
         return ""
     gain = best_packed / best_exact - 1
-    must = f"{PACKED_MUST_WIN - 1:.0%}"
     if chosen.isolation == "packed" and chosen.batch > 1:
-        return f"packed is {gain:.0%} faster than exact, more than the {must} that giving up equality must earn"
+        must = f"the {PACKED_MUST_WIN - 1:.0%} that giving up equality must earn"
+        return f"packed is {gain:.0%} faster than exact, more than {must}"
     if gain > PACKED_MUST_WIN - 1:
         return ""
-    told = f"packed would give {gain:.0%} more" if gain >= 0.005 else "packed gives no more"
-    return f"{told}, so every video stays bit for bit the one it is alone"
+    words = f"packed would give {gain:.0%} more" if gain >= 0.005 else "packed gives no more"
+    return f"{words}, so every video stays bit for bit the one it is alone"
 
 
 def _nothing_kept(points: Sequence[Measured], limits: Limits) -> str:
     quickest = min(points, key=lambda point: point.last_video_seconds)
     least = min(points, key=lambda point: point.peak_bytes)
-    told = []
+    reasons = []
     if limits.max_latency is not None and quickest.last_video_seconds > limits.max_latency:
-        told.append(
+        reasons.append(
             f"--max-latency is {limits.max_latency:g} s, and even batch size {quickest.batch} takes "
             f"{quickest.last_video_seconds:.3g} s to its last video"
         )
     if limits.max_memory is not None and least.peak_bytes > limits.max_memory:
-        told.append(
+        reasons.append(
             f"--max-memory is {limits.max_memory / 2**30:.3g} GiB, and even batch size {least.batch} takes "
             f"{least.peak_bytes / 2**30:.3g} GiB"
         )
-    if not told:
-        told.append("no batch size keeps to --max-latency and --max-memory together")
-    return f"{'; '.join(told)}. Raise the limit, or ask for smaller, shorter videos or fewer steps."
+    why = "; ".join(reasons) or "no batch size keeps to --max-latency and --max-memory together"
+    return f"{why}. Raise the limit, or ask for smaller, shorter videos or fewer steps."

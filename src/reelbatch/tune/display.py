@@ -2,39 +2,29 @@
 
 from __future__ import annotations
 
-from types import TracebackType
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 from rich.console import Console
-from rich.status import Status
 from rich.text import Text
 
-from reelbatch.tune.sweep import News
+from reelbatch.tune.results import Update
 from reelbatch.wording import duration
 
 
-class Display:
-    """Shows news: what is done stays, what is going on is replaced by what comes next."""
+@contextmanager
+def display(console: Console) -> Iterator[Callable[[Update], None]]:
+    """Gives a function that shows an update: what is done stays, what is going on is replaced by what comes next."""
+    status = console.status("starting") if console.is_terminal else None
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._status = Status("starting", console=console) if console.is_terminal else None
-
-    def __enter__(self) -> Display:
-        if self._status:
-            self._status.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._status:
-            self._status.stop()
-
-    def tell(self, news: News) -> None:
-        line = news.text
-        if news.left is not None:
-            line += f" ({'at most' if news.at_most else 'about'} {duration(news.left)} left)"
-        if self._status and not news.done:
-            self._status.update(Text(line))
+    def show(update: Update) -> None:
+        line = update.text
+        if update.left is not None:
+            line += f" ({'at most' if update.at_most else 'about'} {duration(update.left)} left)"
+        if status and not update.done:
+            status.update(Text(line))
         else:
-            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    with status or nullcontext():
+        yield show

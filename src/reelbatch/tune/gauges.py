@@ -1,31 +1,24 @@
-"""What a machine tells of itself while it works: memory, energy, matrix rate, floating point operations."""
+"""What can be read of a machine while it works: energy, other programs, matrix rate, floating point operations."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from torch import nn
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
-
-from reelbatch.memory.gauge import Memory, memory_of, tidy
-
-__all__ = ["Memory", "Others", "counting", "energy_meter", "matrix_rate", "memory_of", "tidy", "weight_bytes"]
-
-
-def weight_bytes(*modules: torch.nn.Module) -> int:
-    return sum(t.numel() * t.element_size() for m in modules for t in [*m.parameters(), *m.buffers()])
-
 
 # -- energy ----------------------------------------------------------------------------------------
 
 
 def energy_meter(device: torch.device) -> Callable[[], float] | None:
-    """A function that gives joules since some moment, or None where the device does not tell."""
+    """A function that gives joules since some moment, or None where the device does not measure them."""
     return _cuda_joules(device) if device.type == "cuda" else _cpu_joules()
 
 
@@ -37,13 +30,13 @@ def _cuda_joules(device: torch.device) -> Callable[[], float] | None:
         uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
         handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
         pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-    except Exception:  # not installed, no driver, an old device: then it is not told
+    except Exception:  # not installed, no driver, an old device
         return None
     return lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
 
 
 def _cpu_joules(root: Path = Path("/sys/class/powercap")) -> Callable[[], float] | None:
-    """Of all processor packages (Intel's and AMD's RAPL as Linux shows it); wraps of the counters are undone."""
+    """All processor packages (Intel's and AMD's RAPL as Linux shows it); wraps of the counters are undone."""
     packages = sorted(root.glob("intel-rapl:[0-9]")) if root.is_dir() else []
     try:
         ranges = [int((package / "max_energy_range_uj").read_text()) for package in packages]
@@ -65,11 +58,11 @@ def _cpu_joules(root: Path = Path("/sys/class/powercap")) -> Callable[[], float]
     return joules
 
 
-# -- the neighbours --------------------------------------------------------------------------------
+# -- neighbours ------------------------------------------------------------------------------------
 
 
-class Others:
-    """Processor cores that other programs have used since this was made, on average."""
+class Neighbours:
+    """Other programs: processor cores that they have used since this object was created, on average."""
 
     def __init__(self) -> None:
         self._process = psutil.Process()
@@ -80,7 +73,7 @@ class Others:
         return max(self._seconds() - self._before, 0.0) / wall if wall else 0.0
 
     def _seconds(self) -> float:
-        """Of all processors at work, less our own."""
+        """Processor time of all programs, less our own."""
         times = psutil.cpu_times()._asdict()
         idle = {"idle", "iowait", "guest", "guest_nice"}  # guests are counted as user time already
         own = self._process.cpu_times()
@@ -95,18 +88,8 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.4) 
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
 
-    def product() -> float:
-        started = time.perf_counter()
-        torch.mm(a, b)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - started
-
-    product()
-    best, until = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < until:
-        best = min(best, product())
-    return 2 * size**3 / best
+    timer = Timer("torch.mm(a, b)", globals={"torch": torch, "a": a, "b": b}, num_threads=torch.get_num_threads())
+    return float(2 * size**3 / min(timer.blocked_autorange(min_run_time=seconds).times))
 
 
 def _cpu_attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
@@ -114,10 +97,11 @@ def _cpu_attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
 
 
 @contextlib.contextmanager
-def counting(module: torch.nn.Module) -> Iterator[Callable[[], int]]:
-    """Gives a function that says how many FLOPs ran inside `module` (matrix products, attention, convolutions)."""
+def counting(networks: Iterable[nn.Module]) -> Iterator[Callable[[], int]]:
+    """Gives a function that returns the FLOPs that ran inside these networks (matrix products, attention,
+    convolutions)."""
     cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # not in PyTorch's own table
     counter = FlopCounterMode(display=False, custom_mapping={cpu: _cpu_attention})
-    name = type(module).__name__
+    names = {type(network).__name__ for network in networks}
     with counter:
-        yield lambda: int(sum(counter.get_flop_counts().get(name, {}).values()))
+        yield lambda: sum(sum(counter.get_flop_counts().get(name, {}).values()) for name in names)

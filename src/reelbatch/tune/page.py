@@ -6,11 +6,10 @@ import re
 from collections.abc import Sequence
 from html import escape as escape_html
 
-from reelbatch.tune import report as report_room
 from reelbatch.tune.charts import CHARTS
-from reelbatch.tune.measure import Point
-from reelbatch.tune.report import Report
-from reelbatch.tune.sweep import Swept
+from reelbatch.tune.figures import Point
+from reelbatch.tune.report import Report, between_dtypes, columns, facts, instead, significant, size, unquiet
+from reelbatch.tune.results import SweepResult
 from reelbatch.wording import duration
 
 CSS = """
@@ -68,18 +67,18 @@ def page(report: Report, drawings: Sequence[dict[str, str]]) -> str:
     parts += [f'<p class="warn">{escape(note)}</p>' for note in report.notes]
     for (name, sweeps), drawn in zip(report.workloads(), drawings, strict=True):
         parts.append(f"<h2>{escape(name)}</h2>")
-        if line := report_room.unquiet(sweeps):
+        if line := unquiet(sweeps):
             parts.append(f'<p class="warn">{escape(line)}</p>')
-        parts += [_advice(swept, len(sweeps) > 1) for swept in sweeps]
-        if line := report_room.between_dtypes(sweeps):
+        parts += [_advice(sweep, len(sweeps) > 1) for sweep in sweeps]
+        if line := between_dtypes(sweeps):
             parts.append(f"<p>{escape(line)}</p>")
         figures = "".join(
             f'<figure role="img" aria-label="{escape(ALT[chart])}">{drawn[chart]}</figure>' for chart in CHARTS
         )
         parts.append(f'<div class="charts">{figures}</div>')
         parts.append(_table(sweeps))
-        facts = "".join(f"<li>{escape(line)}</li>" for line in report_room.facts(sweeps))
-        parts.append(f'<ul class="facts">{facts}</ul>')
+        items = "".join(f"<li>{escape(line)}</li>" for line in facts(sweeps))
+        parts.append(f'<ul class="facts">{items}</ul>')
     body = "\n".join(parts)
     title = f"reelbatch tune: {escape_html(report.model)}"
     return (
@@ -89,36 +88,34 @@ def page(report: Report, drawings: Sequence[dict[str, str]]) -> str:
     )
 
 
-def _advice(swept: Swept, several: bool) -> str:
-    point, choice = swept.chosen, swept.choice
-    of = f"{escape(swept.dtype)}: " if several else ""
+def _advice(sweep: SweepResult, several: bool) -> str:
+    point, choice = sweep.chosen, sweep.choice
+    of = f"{escape(sweep.dtype)}: " if several else ""
     if point is None or choice is None:
         return (
             f'<section class="advice none"><div class="use">{of}No batch size fits</div>'
-            f'<p class="why">{escape(swept.why_none or "")}</p></section>'
+            f'<p class="why">{escape(sweep.why_none or "")}</p></section>'
         )
     tiles = "".join(f"<li><b>{escape(value)}</b><span>{escape(what)}</span></li>" for value, what in _tiles(point))
     option = f"--batch-size {choice.batch}" + (" --isolation packed" if choice.isolation == "packed" else "")
     use = f"{of}Use batch size {choice.batch}, {choice.isolation} isolation"
-    if swept.offload != "none":
-        option += f" --offload {swept.offload}"
-        use += f", offload {swept.offload}"
+    if sweep.offload != "none":
+        option += f" --offload {sweep.offload}"
+        use += f", offload {sweep.offload}"
     return (
         f'<section class="advice"><div class="use">{use}</div>'
-        f'<p class="why">In {escape(swept.dtype)}: {escape(choice.why)} {escape(report_room.instead(swept) or "")}</p>'
+        f'<p class="why">In {escape(sweep.dtype)}: {escape(choice.why)} {escape(instead(sweep) or "")}</p>'
         f'<ul class="tiles">{tiles}</ul>'
         f"<p><code>reelbatch generate … {option}</code></p></section>"
     )
 
 
 def _tiles(point: Point) -> list[tuple[str, str]]:
+    rate = point.videos_per_hour
     return [
-        (
-            f"{point.videos_per_hour:,.0f}" if point.videos_per_hour >= 100 else f"{point.videos_per_hour:.2f}",
-            "videos an hour",
-        ),
-        (f"{report_room.significant(point.last_video_seconds)} s", "to the last video of a batch"),
-        (report_room.size(point.memory.peak), "memory at the peak"),
+        (f"{rate:,.0f}" if rate >= 100 else f"{rate:.2f}", "videos an hour"),
+        (f"{significant(point.last_video_seconds)} s", "to the last video of a batch"),
+        (size(point.memory.peak), "memory at the peak"),
         _drift_tile(point),
     ]
 
@@ -134,16 +131,14 @@ def _drift_tile(point: Point) -> tuple[str, str]:
     return f"≤ {quality.largest} of 255", f"any pixel's difference from {of}"
 
 
-def _table(sweeps: list[Swept]) -> str:
-    columns = report_room.columns(sweeps)
-    sides = ["" if number else ' class="words"' for _, number in columns]
-    head = "".join(f"<th{side}>{escape(name)}</th>" for side, (name, _) in zip(sides, columns, strict=True))
+def _table(sweeps: list[SweepResult]) -> str:
+    shown = [(column, "" if column.is_number else ' class="words"') for column in columns(sweeps)]
+    head = "".join(f"<th{side}>{escape(column.name)}</th>" for column, side in shown)
     rows = []
-    for swept in sweeps:
-        for point in swept.points:
-            row = report_room.cells(point, sweeps)
-            tds = "".join(f"<td{side}>{escape(cell)}</td>" for side, cell in zip(sides, row, strict=True))
-            mark = ' class="chosen"' if point is swept.chosen else ""
-            rows.append(f"<tr{mark}>{tds}</tr>")
+    for sweep in sweeps:
+        for point in sweep.points:
+            cells = "".join(f"<td{side}>{escape(column.cell(point))}</td>" for column, side in shown)
+            mark = ' class="chosen"' if point is sweep.chosen else ""
+            rows.append(f"<tr{mark}>{cells}</tr>")
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
     return f'<h2>All that was measured</h2><div class="scroll">{table}</div>'

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -12,18 +14,38 @@ import torch
 
 from reelbatch.device import choose_device, device_memory_bytes, gibibytes, held_bytes
 from reelbatch.engine.planner import Isolation
-from reelbatch.loading.hub import DEMO_FOLDER, REAL_MODEL
-from reelbatch.loading.inspection import inspect
+from reelbatch.loading.hub import DEMO_FOLDER, REAL_MODEL, model_name
+from reelbatch.loading.identity import any_shape
 from reelbatch.loading.precision import Precision
-from reelbatch.memory.estimate import Network, Phase, Plan, VideoShape, how_far_off, plan
+from reelbatch.loading.skeleton import from_folder, hunyuanvideo_13b
+from reelbatch.memory.calibration import Calibration, find
+from reelbatch.memory.estimate import Estimator, Plan, how_far_off
 from reelbatch.memory.placement import Offload
-from reelbatch.request import ModelLimits
-from reelbatch.tune.calibrate import Calibration, find
+from reelbatch.models.family import Family, Phase
+from reelbatch.request import VideoRequest
 
 PLAIN_13B = ("hunyuanvideo-13b", "hunyuanvideo", "13b", REAL_MODEL.lower())
 """Names of HunyuanVideo (13B) that are planned from the configuration in the code, without a folder."""
 LARGEST_BATCH = 256
 """Batches that are not looked beyond."""
+PHASES: Mapping[Phase, str] = {"text": "text encoding", "step": "a denoising step", "decode": "decoding"}
+
+
+class Planned:
+    """A model that is not loaded, with an estimator for each precision and isolation.
+
+    Args:
+        skeleton: the family in a precision.
+        device: where it is to run; it need not be here.
+    """
+
+    def __init__(self, name: str, skeleton: Callable[[Precision], Family], device: torch.device) -> None:
+        self.name, self.device = name, device
+        self.family = lru_cache(8)(skeleton)
+        self.estimator = lru_cache(16)(self._estimator)
+
+    def _estimator(self, precision: Precision, isolation: Isolation) -> Estimator:
+        return Estimator(self.family(precision), isolation, self.device)
 
 
 @dataclass(frozen=True)
@@ -35,27 +57,22 @@ class Setup:
         calibration: what estimates are corrected by, in the dtype that it was measured in.
     """
 
-    network: Network
-    shape: VideoShape
+    model: Planned
+    request: VideoRequest
     batch_size: int
     precision: Precision
-    device: torch.device
     isolation: Isolation = "exact"
     offload: Offload = "none"
-    tiled: bool = False
     held: int = 0
     calibration: Calibration | None = None
 
+    @property
+    def estimator(self) -> Estimator:
+        return self.model.estimator(self.precision, self.isolation)
+
     def plan(self) -> Plan:
-        estimated = plan(
-            self.network,
-            [self.shape] * self.batch_size,
-            dtypes=self.precision,
-            isolation=self.isolation,
-            offload=self.offload,
-            tiled=self.tiled,
-            device=self.device,
-        )
+        """The estimate, corrected where there is a calibration."""
+        estimated = self.estimator.plan([self.request] * self.batch_size, self.offload)
         known = self.calibration
         return known.corrected(estimated) if known and known.identity.dtype == str(self.precision) else estimated
 
@@ -65,20 +82,8 @@ class Setup:
 
     def largest_batch(self, available: int) -> int:
         """Videos of this kind that fit together, `LARGEST_BATCH` at most; 0 if not even one does."""
-
-        def fits(batch: int) -> bool:
-            return replace(self, batch_size=batch).peak() <= available
-
-        if not fits(1):
-            return 0
-        low, high = 1, 2
-        while high <= LARGEST_BATCH and fits(high):
-            low, high = high, 2 * high
-        high = min(high, LARGEST_BATCH + 1)
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle)
-        return low
+        sizes = range(1, LARGEST_BATCH + 1)
+        return bisect_left(sizes, True, key=lambda size: replace(self, batch_size=size).peak() > available)
 
 
 @dataclass(frozen=True)
@@ -122,19 +127,20 @@ class Answer:
 
     def record(self) -> dict[str, Any]:
         """For JSON; sizes in bytes."""
-        setup, shape = self.setup, self.setup.shape
+        setup, request = self.setup, self.setup.request
+        parts = setup.estimator.family.parts
         return {
-            "model": setup.network.name,
-            "device": str(setup.device),
+            "model": setup.model.name,
+            "device": str(setup.model.device),
             "dtype": str(setup.precision),
             "isolation": setup.isolation,
             "offload": setup.offload,
-            "height": shape.height,
-            "width": shape.width,
-            "frames": shape.frames,
-            "true_cfg": shape.cfg,
+            "height": request.height,
+            "width": request.width,
+            "frames": request.frames,
+            "true_cfg": request.uses_cfg,
             "batch_size": setup.batch_size,
-            "parameters": dict(setup.network.parameters),
+            "parameters": {name: sum(weight.numel() for weight in part.parameters()) for name, part in parts.items()},
             "estimated": {
                 phase: {"weights": self.plan.weights[phase], "activations": getattr(self.plan, phase), "total": total}
                 for phase, total in self.plan.phases.items()
@@ -147,11 +153,8 @@ class Answer:
             "remedies": [{"changes": list(remedy.changes), "peak": remedy.peak} for remedy in self.remedies],
             "verdict": self.verdict,
             "calibrated": self.calibrated,
-            "estimates": how_far_off(setup.device),
+            "estimates": how_far_off(setup.model.device),
         }
-
-
-PHASES: Mapping[Phase, str] = {"text": "text encoding", "step": "a denoising step", "decode": "decoding"}
 
 
 def answer(
@@ -167,6 +170,7 @@ def answer(
     isolation: Isolation = "exact",
     offload: Offload = "none",
     max_memory: int | None = None,
+    vae_tiling: int | None = None,
 ) -> Answer:
     """The estimated cost of a batch of equal videos; loads nothing and downloads nothing.
 
@@ -175,30 +179,27 @@ def answer(
         height, width, frames: the model's own if not given.
         cfg: whether a second, unconditional branch runs.
         max_memory: bytes; what the device has if not given.
+        vae_tiling: as of `VideoRequest`.
 
     Raises:
         ValueError: for a model or a size that cannot be, and for a device that is not here without `max_memory`.
     """
-    from reelbatch.request import VideoRequest
-
-    network, limits = open_network(model)
-    request = VideoRequest(prompt="-", height=height, width=width, frames=frames).for_model(limits)
-    shape = VideoShape(request.height or 0, request.width or 0, request.frames or 0, cfg)
     where = _device(device, max_memory)
-    held = held_bytes("cpu") if where.type == "cpu" else 0
     precision = Precision.parse(dtype, where)
-    known, refused = _stored(model, network, device, where, precision)
-    setup = Setup(network, shape, batch_size, precision, where, isolation, offload, held=held, calibration=known)
+    planned = open_model(model, where)
+    guided: dict[str, Any] = {"negative_prompt": "", "true_cfg": 2.0} if cfg else {}
+    request = VideoRequest(prompt="-", height=height, width=width, frames=frames, vae_tiling=vae_tiling, **guided)
+    request = request.for_model(planned.family(precision).limits)
+    held = held_bytes("cpu") if where.type == "cpu" else 0
+    known, refused = _stored(model, planned, device, precision)
+    setup = Setup(planned, request, batch_size, precision, isolation, offload, held=held, calibration=known)
     available = device_memory_bytes(where) if max_memory is None else max_memory
-    found = setup.plan()
-    fits = held + found.peak <= available
-    instead = () if fits else tuple(remedies(setup, available))
-    return Answer(setup, found, available, setup.largest_batch(available), instead, refused)
+    plan = setup.plan()
+    instead = () if held + plan.peak <= available else tuple(remedies(setup, available))
+    return Answer(setup, plan, available, setup.largest_batch(available), instead, refused)
 
 
-def _stored(
-    model: str, network: Network, device: str, where: torch.device, precision: Precision
-) -> tuple[Calibration | None, str | None]:
+def _stored(model: str, planned: Planned, device: str, precision: Precision) -> tuple[Calibration | None, str | None]:
     """The calibration of a model and a device that are both here, or why the one that is stored is not used."""
     if model.lower() in PLAIN_13B:
         return None, None
@@ -206,19 +207,28 @@ def _stored(
         choose_device(device)
     except ValueError:
         return None, None
-    return find(_model_folder(model), network.name, where, precision)
+    return find(any_shape(_model_folder(model), planned.name, planned.device, precision))
 
 
-def open_network(model: str) -> tuple[Network, ModelLimits]:
-    """What is known of a model without loading it."""
+def open_model(model: str, device: torch.device) -> Planned:
+    """A model that is planned for, without loading it.
+
+    Raises:
+        ValueError: if there is no such folder, or it lacks a configuration.
+    """
     if model.lower() in PLAIN_13B:
-        return Network.hunyuanvideo_13b(), ModelLimits()
+        return _plain_13b(device)
     folder = _model_folder(model)
     if not folder.is_dir():
         raise ValueError(
             f"model {model!r}: no such folder. A plan downloads nothing: give a model folder, demo, or {PLAIN_13B[0]}"
         )
-    return Network.from_folder(folder), inspect(folder).limits
+    return Planned(model_name(folder), lambda precision: from_folder(folder, precision, device), device)
+
+
+@lru_cache(4)
+def _plain_13b(device: torch.device) -> Planned:
+    return Planned(PLAIN_13B[0], lambda precision: hunyuanvideo_13b(precision, device), device)
 
 
 def _model_folder(model: str) -> Path:
@@ -243,19 +253,16 @@ def _device(device: str, max_memory: int | None) -> torch.device:
 Change = tuple[int, str, Callable[[Setup], Setup]]
 """What it costs (a rank), what to call it, and the setup with it."""
 
-TILES: Change = (
-    1,
-    "VAE tiles (the engine takes them by itself when memory is short)",
-    lambda s: replace(s, tiled=True),
-)
+TILE_SIDES = ((1, 256), (2, 128))
+"""What VAE tiles cost, and their sides in pixels."""
 SMALLER_BATCH = 2
 
 
 def remedies(setup: Setup, available: int) -> list[Remedy]:
     """Sets of changes with which the batch fits, none of which could be left out, the cheapest first.
 
-    Cheap is what costs little time and leaves the videos as they are: VAE tiles, a smaller batch, offloading what is
-    not at work, a dtype of fewer bytes, offloading block by block.
+    Cheap is what costs little time and leaves the videos nearly as they are: VAE tiles, a smaller batch, offloading
+    what is not at work, a dtype of fewer bytes, offloading block by block.
     """
     found: list[tuple[int, frozenset[str], Remedy]] = []
     for changes in sorted(_combinations(setup), key=lambda changes: sum(rank for rank, _, _ in changes)):
@@ -279,7 +286,12 @@ def remedies(setup: Setup, available: int) -> list[Remedy]:
 
 def _combinations(setup: Setup) -> Iterator[Sequence[Change]]:
     """Every choice of at most one change of each kind; a smaller batch is tried with each."""
-    kinds: list[list[Change | None]] = [[None] if setup.tiled else [None, TILES], [None], [None]]
+    kinds: list[list[Change | None]] = [[None], [None], [None]]
+    tiles = setup.estimator.family.tile_side(setup.request)
+    for cost, side in TILE_SIDES:
+        if tiles is None or tiles > side:
+            tiled = setup.request.model_copy(update={"vae_tiling": side})
+            kinds[0].append((cost, f"--vae-tiling {side}", partial(replace, request=tiled)))
     if setup.offload == "none":
         kinds[1].append((3, "--offload component", lambda s: replace(s, offload="component")))
     if setup.offload != "block":

@@ -18,17 +18,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from reelbatch.device import cache_folder, choose_device
 from reelbatch.engine.planner import Isolation
-from reelbatch.loading.identity import Identity, described, identity
+from reelbatch.loading.identity import described, identity
+from reelbatch.memory.identity import Identity
 from reelbatch.memory.placement import Offload
 from reelbatch.versions import versions
 
-__all__ = ["Advice", "Found", "Identity", "Profile", "advice", "find", "identity", "store", "stored"]
+__all__ = ["Advice", "Identity", "Lookup", "Profile", "advice", "find", "identity", "stale", "store", "stored"]
 
 
 class Profile(BaseModel):
-    """What `tune` found for an identity. Rates are those of the advised batch.
+    """What `tune` measured for an identity. Rates are those of the advised batch.
 
-    offload: which weights were on the device. Profiles without it are of a time in which all were.
+    Attributes:
+        offload: which weights were on the device. Profiles without it are of a time in which all were.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -51,19 +53,14 @@ class Profile(BaseModel):
         return self.exact_batch_size if isolation == "exact" else self.packed_batch_size
 
 
-class Advice(NamedTuple):
-    """How to run, and a line that says where that comes from (None: nothing was ever measured)."""
-
-    batch_size: int
-    line: str | None
-    offload: Offload = "none"
-
-
-class Found(NamedTuple):
+class Lookup(NamedTuple):
     """The profile that fits, or None and why not (None as well if there is nothing of this model)."""
 
     profile: Profile | None
     refused: str | None = None
+
+
+# -- files -----------------------------------------------------------------------------------------
 
 
 def store(profile: Profile) -> Path:
@@ -79,97 +76,25 @@ def store(profile: Profile) -> Path:
 
 def stored() -> list[tuple[Path, Profile | str]]:
     """Every profile file with its profile, or with what is wrong with it; the latest measured first."""
-    found = [(path, _read(path)) for path in sorted(_folder().glob("*.json"))]
-    return sorted(found, key=lambda pair: pair[1].measured if isinstance(pair[1], Profile) else date.min, reverse=True)
+    pairs = [(path, _read(path)) for path in sorted(_folder().glob("*.json"))]
+    return sorted(pairs, key=lambda pair: pair[1].measured if isinstance(pair[1], Profile) else date.min, reverse=True)
 
 
-def find(wanted: Identity) -> Found:
+def find(wanted: Identity) -> Lookup:
     """The profile of exactly this identity; otherwise what keeps the nearest one of the same model from being used."""
     broken: list[str] = []
-    nearest: Identity | None = None
+    others: list[Identity] = []
     for path, profile in stored():
         if isinstance(profile, str):
             if path.name.startswith(_readable(wanted.model)):
                 broken.append(f"{path.name} {profile}")
         elif profile.identity == wanted:
-            return Found(profile)
-        elif profile.identity.model == wanted.model and (
-            nearest is None or _distance(profile.identity, wanted) < _distance(nearest, wanted)
-        ):
-            nearest = profile.identity
-    if nearest is not None:
-        return Found(None, "; ".join(nearest.differences(wanted)))
-    return Found(None, "; ".join(broken) or None)
-
-
-def _distance(profile: Identity, wanted: Identity) -> tuple[bool, int]:
-    """Other shapes first: a profile of the same shapes that became stale says more than one of other shapes."""
-    return profile.shapes != wanted.shapes, len(profile.differences(wanted))
-
-
-def stale_in_short(profile: Profile) -> str | None:
-    """`stale`, in a few words."""
-    about, now = profile.identity, _now(profile)
-    if now is None:
-        return "no such device"
-    told = ["another device"] if about.device != now.device else []
-    names = [name for name in now.versions if about.versions.get(name) != now.versions[name]]
-    told += [f"{name} {about.versions.get(name, 'none')} → {now.versions[name]}" for name in names]
-    return ", ".join(told) or stale(profile)
-
-
-def _now(profile: Profile) -> Identity | None:
-    """What a profile would have to be of to be used here; None without its device."""
-    try:
-        device = choose_device(profile.identity.device.partition(":")[0])
-    except ValueError:
-        return None
-    return profile.identity.model_copy(update={"device": described(device), "versions": versions()})
-
-
-def stale(profile: Profile) -> str | None:
-    """Why a profile cannot be used on this machine as it is now; None if it can (its model's weights are not read)."""
-    now = _now(profile)
-    if now is None:
-        return f"its device {profile.identity.device!r} is not here"
-    return "; ".join(profile.identity.differences(now)) or None
-
-
-def advice(wanted: Sequence[Identity], isolation: Isolation, otherwise: int, offload: Offload | None = None) -> Advice:
-    """The batch size and the offload for a run, as they were measured.
-
-    Args:
-        wanted: the run's own identity, and then, for a mix of shapes, that of each shape: where the mix was not
-            measured but each of its shapes was, the smallest of their batch sizes is taken.
-        isolation: which the run has settled on.
-        otherwise: the size where no profile fits.
-        offload: which the run has settled on; None takes that of the profile.
-    """
-    settled: Offload = "none" if offload is None else offload
-    whole, *parts = wanted
-    found = find(whole)
-    profiles = [found.profile] if found.profile else []
-    if not profiles and parts:
-        each = [find(part).profile for part in parts]
-        profiles = [profile for profile in each if profile is not None] if all(each) else []
-    if profiles:
-        used = max((profile.offload for profile in profiles), key=get_args(Offload).index)  # that of the least memory
-        if offload not in (None, used):
-            reason = f"it was measured with --offload {used}, and this is {offload}"
-            return Advice(otherwise, _not_used(otherwise, reason), settled)
-        profile = min(profiles, key=lambda profile: profile.batch_of(isolation))
-        size = profile.batch_of(isolation)
-        told = f"batch size {size}" if used == "none" else f"batch size {size}, offload {used}"
-        source = f"{told}: as tuned for {profile.identity.shapes} on {profile.measured}"
-        if profile.isolation == "packed" and isolation == "exact":
-            source += f"; packed was faster there (--isolation packed, batch size {profile.packed_batch_size})"
-        return Advice(size, f"{source} (--batch-size overrides)", used)
-    line = None if found.refused is None else _not_used(otherwise, found.refused)
-    return Advice(otherwise, line, settled)
-
-
-def _not_used(otherwise: int, reason: str) -> str:
-    return f"batch size {otherwise}: the stored profile is not used: {reason}; run `reelbatch tune`"
+            return Lookup(profile)
+        elif profile.identity.model == wanted.model:
+            others.append(profile.identity)
+    # other shapes are the farthest: a profile of the same shapes that became stale says more
+    nearest = min(others, key=lambda o: (o.shapes != wanted.shapes, len(o.differences(wanted))), default=None)
+    return Lookup(None, "; ".join(nearest.differences(wanted) if nearest else broken) or None)
 
 
 def _folder() -> Path:
@@ -189,3 +114,68 @@ def _read(path: Path) -> Profile | str:
         return f"is damaged or of another version ({where}: {first['msg']})"
     except (OSError, ValueError) as error:
         return f"cannot be read ({error})"
+
+
+# -- whether a profile can be used here ------------------------------------------------------------
+
+
+def stale(profile: Profile, brief: bool = False) -> str | None:
+    """Why a profile cannot be used on this machine as it is now; None if it can (its model's weights are not read).
+
+    Args:
+        brief: in a few words.
+    """
+    then = profile.identity
+    try:
+        device = choose_device(then.device.partition(":")[0])
+    except ValueError:
+        return "no such device" if brief else f"its device {then.device!r} is not here"
+    now = then.model_copy(update={"device": described(device), "versions": versions()})
+    if not brief:
+        return "; ".join(then.differences(now)) or None
+    reasons = ["another device"] if then.device != now.device else []
+    old = {name: then.versions.get(name, "none") for name in now.versions}
+    reasons += [f"{name} {old[name]} → {new}" for name, new in now.versions.items() if old[name] != new]
+    return ", ".join(reasons) or stale(profile)
+
+
+# -- advice ----------------------------------------------------------------------------------------
+
+
+class Advice(NamedTuple):
+    """How to run, and a line that says where that comes from (None: nothing was ever measured)."""
+
+    batch_size: int
+    line: str | None
+    offload: Offload = "none"
+
+
+def advice(wanted: Sequence[Identity], isolation: Isolation, otherwise: int, offload: Offload | None = None) -> Advice:
+    """The batch size and the offload for a run, as they were measured.
+
+    Args:
+        wanted: the run's own identity, and then, for a mix of shapes, that of each shape: where the mix was not
+            measured but each of its shapes was, the smallest of their batch sizes is taken.
+        isolation: which the run has settled on.
+        otherwise: the size where no profile fits.
+        offload: which the run has settled on; None takes that of the profile.
+    """
+    whole, *parts = map(find, wanted)
+    profiles = [lookup.profile for lookup in ([whole] if whole.profile else parts) if lookup.profile]
+    reason = whole.refused
+    if profiles and (whole.profile or len(profiles) == len(parts)):
+        used = max((profile.offload for profile in profiles), key=get_args(Offload).index)  # that of the least memory
+        if offload in (None, used):
+            return _as_tuned(min(profiles, key=lambda profile: profile.batch_of(isolation)), isolation, used)
+        reason = f"it was measured with --offload {used}, and this is {offload}"
+    line = reason and (f"batch size {otherwise}: the stored profile is not used: {reason}; run `reelbatch tune`")
+    return Advice(otherwise, line, offload or "none")
+
+
+def _as_tuned(profile: Profile, isolation: Isolation, offload: Offload) -> Advice:
+    size = profile.batch_of(isolation)
+    line = f"batch size {size}" + ("" if offload == "none" else f", offload {offload}")
+    line += f": as tuned for {profile.identity.shapes} on {profile.measured}"
+    if profile.isolation == "packed" and isolation == "exact":
+        line += f"; packed was faster there (--isolation packed, batch size {profile.packed_batch_size})"
+    return Advice(size, f"{line} (--batch-size overrides)", offload)

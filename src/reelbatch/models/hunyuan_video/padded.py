@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from reelbatch.attention import HeadRules, Sizes, canonical, once
 from reelbatch.models.hunyuan_video.branch import Branch
+from reelbatch.tracing import cached
 
 
 def branches_of(
@@ -89,7 +89,7 @@ def _positions(text: Tensor, mask: Tensor | None, count: int) -> list[Int[Tensor
     return once(mask, count, lambda: [row.nonzero().flatten() for row in rows])
 
 
-@lru_cache(maxsize=16)
+@cached(16)
 def _all_positions(count: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # what is kept serves training too
         return torch.arange(count, device=device)

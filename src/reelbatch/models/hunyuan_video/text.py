@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import CLIPTextModel, DynamicCache, LlamaModel, PreTrainedTokenizerFast
 
+from reelbatch.models.linear import pad_linears
 from reelbatch.tracing import cached
 
 HIDDEN_STATE = -3
@@ -105,6 +106,8 @@ class TextEncoder:
         max_tokens: int = 256,
         cache_size: int = 128,
     ) -> None:
+        pad_linears(llama)  # a prompt of few tokens behind the cached prefix is a small product
+        pad_linears(clip)
         self.llama, self.tokenizer = llama, tokenizer
         self.clip, self.tokenizer_2 = clip, tokenizer_2
         self.template, self.max_tokens = template, max_tokens

@@ -48,6 +48,7 @@ from reelbatch.models.layers import (
     make_layout,
     modulated_norm,
 )
+from reelbatch.models.linear import linear, pad_rows, padding_of
 from reelbatch.tracing import run_block
 
 DIFFUSERS_BACKENDS = {
@@ -127,8 +128,8 @@ class SingleStreamBlock(nn.Module):
         shift, scale, gate = self.norm(pack.part_condition)
         normed = modulated_norm(pack.tokens, lengths, shift, scale)
         attended = self.attn.one_stream(normed, pack.layout, pack.attend)
-        mlp = F.gelu(self.proj_mlp(normed), approximate="tanh")
-        update = self.proj_out(torch.cat([attended, mlp], dim=-1))
+        mlp = F.gelu(linear(self.proj_mlp, normed), approximate="tanh")
+        update = linear(self.proj_out, torch.cat([attended, mlp], dim=-1))
         return replace(pack, tokens=gated_residual(pack.tokens, lengths, gate, update))
 
 
@@ -160,8 +161,8 @@ class HunyuanVideoTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
         ValueError: if the configuration is of another network, or does not fit together.
     """
 
-    # Diffusers writes it into model_index.json. With one level more, the folder has the name of one of its pipelines, and
-    # it would look for the class there.
+    # Diffusers writes it into model_index.json. With one level more, the folder has the name of one of its pipelines,
+    # and it would look for the class there.
     __module__ = "reelbatch.models.hunyuan_video"
     _supports_gradient_checkpointing = True
     _skip_layerwise_casting_patterns: ClassVar = ["x_embedder", "context_embedder", "norm"]
@@ -324,8 +325,14 @@ class HunyuanVideoTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
     def _embed(self, pack: Sequence[Branch], shapes: tuple[BranchShape, ...]) -> TwoStreams:
         timestep = torch.stack([branch.timestep for branch in pack])
         pooled = torch.stack([branch.pooled for branch in pack])
+        guidance = self._guidance(pack)
+        padding = padding_of(len(pack), pooled)
+        pooled = pad_rows(pooled, padding)
+        embedded = self.time_text_embed(
+            pad_rows(timestep, padding), pooled, None if guidance is None else pad_rows(guidance, padding)
+        )
         # every modulation begins with this SiLU
-        condition = part_condition = F.silu(self.time_text_embed(timestep, pooled, self._guidance(pack)))
+        condition = part_condition = F.silu(embedded)
         first_frame_apart = self.config.image_condition_type == "token_replace"
         if first_frame_apart:
             first_frames = F.silu(self.time_text_embed.of_first_frame(pooled))
@@ -368,7 +375,7 @@ class HunyuanVideoTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
 
     def _velocities(self, pack: OneStream, shapes: Sequence[BranchShape]) -> list[Tensor]:
         scale, shift = self.norm_out(pack.condition)  # this one layer has the scale first
-        rows = self.proj_out(modulated_norm(pack.video(), pack.layout.video, shift, scale))
+        rows = linear(self.proj_out, modulated_norm(pack.video(), pack.layout.video, shift, scale))
         return [
             self._unpatchify(part, shape)
             for part, shape in zip(ragged.split(rows, pack.layout.video), shapes, strict=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +20,12 @@ from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import (
     HunyuanVideoMidBlock3D,
     HunyuanVideoUpsampleCausal3D,
 )
+from diffusers.models.autoencoders.vae import DecoderOutput
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from reelbatch.device import trim_heap
+from reelbatch.models.linear import linear
 from reelbatch.tracing import run_tile, tracing
 
 
@@ -55,12 +58,12 @@ class FrameCausalAttnProcessor:
     ) -> Float[Tensor, "batch tokens channels"]:
         normed = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
         query, key, value = (
-            project(normed).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            linear(project, normed).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
             for project in (attn.to_q, attn.to_k, attn.to_v)
         )
         attended = frame_causal_attention(query, key, value, num_frames)
         projection, dropout = attn.to_out
-        return dropout(projection(attended.transpose(1, 2).flatten(2))) + hidden_states
+        return dropout(linear(projection, attended.transpose(1, 2).flatten(2))) + hidden_states
 
 
 class FrameCausalMidBlock3D(HunyuanVideoMidBlock3D):
@@ -86,11 +89,18 @@ class TileDecoder(HunyuanVideoDecoder3D):
     """`HunyuanVideoDecoder3D`, which traces of memory run once for each shape."""
 
     def forward(self, hidden_states: Float[Tensor, "batch channels frames height width"]) -> Tensor:
-        return run_tile(super().forward, hidden_states)
+        return run_tile("decoder", super().forward, hidden_states)
 
 
-class BlendedTiles(AutoencoderKLHunyuanVideo):
-    """`AutoencoderKLHunyuanVideo`, whose blending of tiles, which goes row by row, traces of memory leave out."""
+class TiledVAE(AutoencoderKLHunyuanVideo):
+    """`AutoencoderKLHunyuanVideo` that keeps traces of memory short: they take one of the equal stretches of time, and
+    leave out blending, which goes row by row."""
+
+    def tiled_decode(self, z: Tensor, return_dict: bool = True) -> Any:
+        if not tracing():
+            return super().tiled_decode(z, return_dict)
+        decoded = run_tile("frames", lambda frames: super(TiledVAE, self).tiled_decode(frames, False)[0], z)
+        return DecoderOutput(sample=decoded) if return_dict else (decoded,)
 
     def blend_v(self, a: Tensor, b: Tensor, blend_extent: int) -> Tensor:
         return b if tracing() else super().blend_v(a, b, blend_extent)
@@ -134,9 +144,10 @@ def _trim(upsampler: HunyuanVideoUpsampleCausal3D, inputs: tuple[Tensor, ...]) -
 
 TILE_SIDE = 256
 """Pixels of the tiles that large frames are decoded in, as in Diffusers and in Tencent's own code."""
-WHOLE_PIXELS = 544 * 960
-"""Frames of up to so many pixels are decoded whole: the smaller of the model's two standard sizes. At 720 × 1280,
-tensors of a whole decode would have more than 2³¹ elements, which PyTorch's padding does not take on a GPU."""
+WHOLE_PIXELS = 432_000
+"""Frames of up to so many pixels are decoded whole: 480 × 864 is, 544 × 960 is not. The largest tensor of a decode, 17
+frames of 256 channels padded by 2 frames and by a pixel on each side, then has fewer than 2³¹ elements; kernels for
+convolution and padding on a GPU count in 32 bits."""
 
 
 class VideoDecoder:
@@ -165,7 +176,7 @@ class VideoDecoder:
         """The VAE with its own flags for tiles of so many pixels, a quarter of which overlaps the next tile. Networks
         and weights are those of `vae`; what is set here is seen by no other call."""
         view = copy.copy(self.vae)
-        view.__class__ = BlendedTiles
+        view.__class__ = TiledVAE
         view.use_tiling = side is not None
         if side is not None:
             view.tile_sample_min_height = view.tile_sample_min_width = side
@@ -216,7 +227,7 @@ def to_frames(video: Float[Tensor, "3 frames height width"]) -> UInt8[Tensor, "f
     """8-bit frames on the CPU of values from -1 to 1. Frame by frame, so that no copy of the video in fp32 is made."""
     _, count, height, width = video.shape
     frames = torch.empty(count, height, width, 3, dtype=torch.uint8, device=video.device)
-    for i in range(count):
+    for i in range(1 if tracing() else count):  # a trace of memory: each frame takes the same
         values = video[:, i].float().mul(0.5).add_(0.5).clamp_(0, 1).mul_(255).round_()
         frames[i] = values.permute(1, 2, 0)
     return frames.cpu()

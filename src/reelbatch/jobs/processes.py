@@ -1,0 +1,43 @@
+"""What tells a process from others: on this machine, and whether it still runs."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import psutil
+
+
+def host() -> str:
+    """A name of this machine and, in a container, of its own numbering of processes."""
+    parts = [socket.gethostname()]
+    for read in (lambda: Path("/proc/sys/kernel/random/boot_id").read_text().strip(), _process_namespace):
+        try:
+            parts.append(read())
+        except OSError:
+            continue
+    return "/".join(parts)
+
+
+def _process_namespace() -> str:
+    return str(os.stat("/proc/self/ns/pid").st_ino)
+
+
+def runs(pid: int, born: float) -> bool:
+    """Whether the process of this number that was born then still runs; True where it cannot be known."""
+    try:
+        return abs(born_at(pid) - born) < 1 and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.Error:
+        return True
+
+
+def born_at(pid: int) -> float:
+    """Tells a process from a later one of the same number: clock ticks since the machine started, which setting the
+    clock does not change; where they cannot be read, its time of creation."""
+    try:
+        return float(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except OSError:
+        return float(psutil.Process(pid).create_time())

@@ -1,0 +1,60 @@
+"""Linear layers whose result does not depend on where their weights and inputs lie in memory.
+
+On a CPU, PyTorch hands fp32 products to a matrix library that chooses its kernel by shape and by address. Measured
+(`benchmarks/bits.py`) with MKL on AMD EPYC: where a thread has 1 row, the last bits depend on the address of the
+weights, and where it has 2 or 3, on that of the input. The same weights lie elsewhere when they come from disk, so
+products that small are padded with zero rows. Products in bfloat16 and float16 depend on no address.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ROWS = 4
+"""Rows of a product from which on its bits do not depend on addresses."""
+DTYPES = (torch.float32, torch.float64)
+
+
+def padding_of(rows: int, tensor: Tensor) -> int:
+    """Zero rows to add to a product of so many rows, in the dtype and on the device of `tensor`.
+
+    Threads get whole fours of rows and the last one the rest. From 4 × threads² rows on, the rest is never under 4.
+    """
+    if rows % ROWS == 0 or tensor.device.type != "cpu" or tensor.dtype not in DTYPES:
+        return 0
+    return -rows % ROWS if rows < ROWS * torch.get_num_threads() ** 2 else 0
+
+
+def pad_rows(rows: Tensor, count: int) -> Tensor:
+    """`rows` [n, …] with `count` more rows of zeros."""
+    return torch.cat([rows, rows.new_zeros(count, *rows.shape[1:])]) if count else rows
+
+
+def linear(layer: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    """`layer(rows)`, small products padded meanwhile.
+
+    Args:
+        layer: treats every row by itself: a linear layer (quantized, or with LoRAs beside it), or several in line.
+        rows: [..., n, features].
+    """
+    count = rows.shape[-2]
+    padding = padding_of(count if rows.ndim == 2 else rows.shape[:-1].numel(), rows)
+    return layer(F.pad(rows, (0, 0, 0, padding))).narrow(-2, 0, count) if padding else layer(rows)
+
+
+class PaddedLinear(nn.Linear):
+    """A linear layer for networks whose code is not ours; see `pad_linears`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(super().forward, input)
+
+
+def pad_linears(network: nn.Module) -> None:
+    """Has every linear layer of a network pad its small products, in place; weights and hooks stay as they are."""
+    for module in network.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = PaddedLinear

@@ -1,0 +1,83 @@
+"""Fixtures of the tests of `repair`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch.nn.functional as F
+from diffusers import (
+    AutoencoderKLHunyuanVideo15,
+    HunyuanVideo15Transformer3DModel,
+    HunyuanVideoPipeline,
+)
+from diffusers import HunyuanVideoTransformer3DModel as Reference
+from pipelines import quiet, with_transformer
+from video15 import make_transformer, make_vae
+
+import reelbatch
+from reelbatch import HunyuanVideoTransformer3DModel
+from reelbatch.loading.hub import DEMO_FOLDER
+
+
+@pytest.fixture
+def pipe(tiny_pipeline) -> HunyuanVideoPipeline:
+    """Diffusers' pipeline with a transformer of its own; the other components are shared by all tests."""
+    return with_transformer(tiny_pipeline, copy.deepcopy(tiny_pipeline.transformer))
+
+
+@pytest.fixture(scope="module")
+def loaded_demo() -> HunyuanVideoPipeline:
+    return quiet(HunyuanVideoPipeline.from_pretrained(DEMO_FOLDER))
+
+
+@pytest.fixture
+def demo(loaded_demo) -> Iterator[HunyuanVideoPipeline]:
+    yield loaded_demo
+    reelbatch.restore(loaded_demo)
+
+
+@pytest.fixture
+def own_pipe(tiny_folder: Path) -> HunyuanVideoPipeline:
+    """One that shares nothing with other tests, for hooks on every component."""
+    return quiet(HunyuanVideoPipeline.from_pretrained(tiny_folder))
+
+
+@pytest.fixture(scope="module")
+def reference() -> Reference:
+    return tiny.transformer()
+
+
+@pytest.fixture
+def model(reference: Reference) -> HunyuanVideoTransformer3DModel:
+    ours = HunyuanVideoTransformer3DModel.from_config(reference.config)
+    ours.load_state_dict(reference.state_dict())
+    return ours.eval()
+
+
+@pytest.fixture
+def transformer() -> HunyuanVideo15Transformer3DModel:
+    return make_transformer()
+
+
+@pytest.fixture
+def vae() -> AutoencoderKLHunyuanVideo15:
+    return make_vae()
+
+
+@pytest.fixture
+def attention_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, int, int, int]]]:
+    """(mask, batch, queries, keys) of every call of PyTorch's attention."""
+    calls = []
+    attend = F.scaled_dot_product_attention
+
+    def spy(query, key, value, attn_mask=None, **options):
+        calls.append((attn_mask, query.shape[0], query.shape[2], key.shape[2]))
+        return attend(query, key, value, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    return calls

@@ -1,0 +1,150 @@
+"""Stored profiles: kept, found, refused with the reason, and used."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from tuning import call, profile
+
+from reelbatch.device import cache_folder
+from reelbatch.loading.hashing import weights_hash
+from reelbatch.loading.inspection import inspect
+from reelbatch.tune import profiles
+
+
+def test_a_profile_is_kept_found_and_replaced(cache: Path, about: profiles.Identity) -> None:
+    assert profiles.find(about) == (None, None)
+    path = profiles.store(profile(about))
+    assert path.is_relative_to(cache)
+    assert profiles.find(about).profile.batch_size == 6
+    profiles.store(profile(about, batch_size=4, packed_batch_size=4))
+    assert profiles.find(about).profile.batch_size == 4
+    assert len(profiles.stored()) == 1
+    assert profiles.stale(profiles.find(about).profile) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"versions": {"torch": "1.0"}}, "it was measured with torch 1.0, and this is"),
+        ({"weights": "0" * 64}, "the model's weights are others now"),
+        ({"device": "cuda: another"}, "it is of the device 'cuda: another'"),
+        ({"dtype": "bfloat16"}, "it is of bfloat16, and this is float32"),
+        ({"shapes": "64×64×9"}, "it is of 64×64×9, and this is 32×32×9"),
+        ({"attention": "math"}, "it is of --attention math, and this is auto"),
+    ],
+)
+def test_a_stale_or_foreign_profile_is_refused_with_the_reason(
+    cache: Path, about: profiles.Identity, change: dict, reason: str
+) -> None:
+    profiles.store(profile(about.model_copy(update=change)))
+    found = profiles.find(about)
+    assert found.profile is None
+    assert reason in found.refused
+    size, line, _ = profiles.advice([about], "exact", 8)
+    assert size == 8
+    assert reason in line
+    if "versions" in change or "device" in change:
+        kept = profiles.stored()[0][1]
+        assert profiles.stale(kept)
+        assert profiles.stale(kept, brief=True)
+    assert "run `reelbatch tune`" in line
+
+
+def test_other_models_profiles_are_nothing_to_speak_of(cache: Path, about: profiles.Identity) -> None:
+    profiles.store(profile(about.model_copy(update={"model": "another"})))
+    assert profiles.find(about) == (None, None)
+    assert profiles.advice([about], "exact", 8) == (8, None, "none")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 2}', "\x00", '{"batch_size": 0}'])
+def test_a_damaged_profile_is_refused_with_its_name(cache: Path, about: profiles.Identity, text: str) -> None:
+    path = profiles.store(profile(about))
+    path.write_text(text)
+    found = profiles.find(about)
+    assert found.profile is None
+    assert path.name in found.refused
+    assert "is damaged or of another version" in found.refused
+
+
+def test_a_profile_changes_the_batch_size_and_never_the_isolation(cache: Path, about: profiles.Identity) -> None:
+    profiles.store(profile(about))
+    size, line, _ = profiles.advice([about], "exact", 8)
+    assert size == 2
+    assert "packed was faster there (--isolation packed, batch size 6)" in line
+    assert profiles.advice([about], "packed", 8)[0] == 6
+
+
+def test_a_mix_takes_the_smallest_batch_of_its_shapes_if_all_are_known(cache: Path, about: profiles.Identity) -> None:
+    parts = [about.model_copy(update={"shapes": shapes}) for shapes in ("32×32×9", "64×64×9")]
+    mix = about.model_copy(update={"shapes": "32×32×9 + 64×64×9"})
+    profiles.store(profile(parts[0], exact_batch_size=4))
+    assert profiles.advice([mix, *parts], "exact", 8)[0] == 8
+    profiles.store(profile(parts[1], exact_batch_size=3))
+    assert profiles.advice([mix, *parts], "exact", 8)[0] == 3
+    profiles.store(profile(mix, exact_batch_size=5))
+    assert profiles.advice([mix, *parts], "exact", 8)[0] == 5
+
+
+def test_other_weights_have_another_hash(tiny_folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_folder, copy)
+    before = weights_hash(copy)
+    assert before == weights_hash(tiny_folder)
+    weights = copy / "transformer" / "diffusion_pytorch_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert weights_hash(copy) != before
+
+
+def test_the_cache_folder_is_the_users_unless_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("REELBATCH_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder().name == "reelbatch"
+    monkeypatch.setenv("REELBATCH_CACHE", str(tmp_path / "mine"))
+    assert cache_folder() == tmp_path / "mine"
+
+
+def test_a_profile_of_before_there_was_offload_is_read_and_a_mix_takes_what_fits_all(
+    cache: Path, about: profiles.Identity
+) -> None:
+    path = profiles.store(profile(about))
+    old = json.loads(path.read_text(encoding="utf-8"))
+    del old["offload"]
+    path.write_text(json.dumps(old), encoding="utf-8")
+    assert profiles.find(about).profile.offload == "none"
+    assert profiles.advice([about], "exact", 8).offload == "none"
+    path.write_text(json.dumps(old | {"offload": "layer"}), encoding="utf-8")
+    assert "is damaged or of another version (offload:" in profiles.find(about).refused
+    parts = [about.model_copy(update={"shapes": shapes}) for shapes in ("32×32×9", "64×64×9")]
+    profiles.store(profile(parts[0], exact_batch_size=4))
+    profiles.store(profile(parts[1], exact_batch_size=6, offload="block"))
+    mix = about.model_copy(update={"shapes": "32×32×9 + 64×64×9"})
+    found = profiles.advice([mix, *parts], "exact", 8)
+    assert (found.batch_size, found.offload) == (4, "block")
+
+
+def test_generate_takes_the_tuned_offload_unless_told_otherwise(tiny_folder: Path, here: Path) -> None:
+    tuned = profiles.identity(tiny_folder, inspect(tiny_folder).name, "32×32×5", device="cpu")
+    profiles.store(profile(tuned, exact_batch_size=2, isolation="exact", offload="block"))
+    asked = ("generate", "a cat", "a dog", "--model", tiny_folder, "--device", "cpu", "--frames", "5", "--json")
+
+    def made(out: str, *words: str) -> tuple[set[str], str]:
+        result = call(*asked, *words, "--out", out)
+        assert result.exit_code == 0, result.output
+        return {json.loads(line)["offload"] for line in result.stdout.splitlines()}, result.stderr
+
+    offload, told = made("o1")
+    assert offload == {"block"}
+    assert "batch size 2, offload block: as tuned" in told
+    assert made("o2", "--batch-size", "2")[0] == {"none"}
+    offload, told = made("o3", "--offload", "none")
+    assert offload == {"none"}
+    assert "the stored profile is not used: it was measured with --offload block" in told
+    assert made("o4", "--offload", "block", "--batch-size", "1")[0] == {"block"}
+    refused = call(*asked, "--offload", "component", "--out", "o5")
+    assert "use offload 'block'" in str(refused.exception)

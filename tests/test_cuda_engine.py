@@ -14,7 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel
 
 from reelbatch import VideoRequest
 from reelbatch.demo.tokenizers import clip_tokenizer, llama_tokenizer
-from reelbatch.engine.engine import Engine, FailedRequests
+from reelbatch.engine.engine import Engine
 from reelbatch.loading.model import Model
 from reelbatch.loading.precision import Precision
 from reelbatch.loading.skeleton import hunyuanvideo_13b
@@ -97,9 +97,8 @@ def test_a_step_under_rules_waits_once_too(rule: str, tmp_path: Path, cuda: Trac
 
 
 def test_of_a_whole_video_only_checks_and_frames_come_back(tmp_path: Path, cuda: Trace) -> None:
-    engine = submitted(model_of(tmp_path), requests(1, steps=2))
-    with pytest.raises(FailedRequests, match="numpy"):  # where its frames, which are fake, would become an array
-        engine.generate([])
+    engine = Engine(model_of(tmp_path))
+    engine.generate(requests(1, steps=2))
     copies = {place.file for kind, place in cuda.waits if kind == "copy from cuda to cpu"}
     assert copies == {"models/hunyuan_video/vae.py"}
     reads = {place.file for kind, place in cuda.waits if kind == "_local_scalar_dense" and place != ELSEWHERE}

@@ -144,7 +144,7 @@ def _trim(upsampler: HunyuanVideoUpsampleCausal3D, inputs: tuple[Tensor, ...]) -
 
 TILE_SIDE = 256
 """Pixels of the tiles that large frames are decoded in, as in Diffusers and in Tencent's own code."""
-WHOLE_PIXELS = 432_000
+WHOLE_PIXELS = 424_000
 """Frames of up to so many pixels are decoded whole: 480 × 864 is, 544 × 960 is not. The largest tensor of a decode, 17
 frames of 256 channels padded by 2 frames and by a pixel on each side, then has fewer than 2³¹ elements; kernels for
 convolution and padding on a GPU count in 32 bits."""

@@ -51,7 +51,8 @@ class DiskGroup(ModuleGroup):
             pages, start = mmap.mmap(-1, max(sum(sizes.values()), 1)), 0
             for key, tensor in self.key_to_tensor.items():
                 file.seek(8 + length + header[key]["data_offsets"][0])
-                file.readinto(memoryview(pages)[start : start + tensor.nbytes])
+                if file.readinto(memoryview(pages)[start : start + tensor.nbytes]) != tensor.nbytes:
+                    raise OSError(f"{self.safetensors_file_path}: is cut short; these weights cannot come back")
                 if tensor.numel():
                     loaded = torch.frombuffer(pages, dtype=tensor.dtype, count=tensor.numel(), offset=start)
                     tensor.data = loaded.view(tensor.shape)

@@ -284,8 +284,8 @@ class TokenRefiner(nn.Module):
 
 
 class HeadNorm(nn.RMSNorm):
-    """RMS norm of each head's channels. The operations are PyTorch's, which has no kernel for it on a CPU, and so are the
-    bits; there are fewer tensors and calls."""
+    """RMS norm of each head's channels. The operations are PyTorch's, which has no kernel for it on a CPU, and so are
+    the bits; there are fewer tensors and calls."""
 
     def forward(self, x: Float[Tensor, "tokens heads head_dim"]) -> Float[Tensor, "tokens heads head_dim"]:
         if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_grad_enabled():

@@ -2,7 +2,7 @@
 
 A finished video on disk is two files: `name.mp4` (H.264) and `name.json`, its record: the request, the model and
 versions that made it, and the SHA-256 of its frames as they were before compression. The mp4 carries the same record
-in its `comment`. The mp4 is written aside and put in its place at once, so what has its name is whole.
+in its `comment`. The mp4 is written under another name and renamed, so what has its name is whole.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ MADE_BY = ("model", "dtype", "isolation")  # what makes two videos of one reques
 class Video:
     """A finished video.
 
-    request: as it was made, every default filled in.
+    request: with every default filled in.
     frames: uint8 `[frames, height, width, 3]`, RGB.
-    provenance: what made it (model, versions, isolation, seconds, batch, …); JSON values.
+    provenance: what it depends on (model, versions, isolation, seconds, batch, …); JSON values.
     latents: the last latents `[channels, latent frames, height / 8, width / 8]`, where they were asked for.
     """
 
@@ -71,7 +71,7 @@ class Video:
         return {"request": request, **self.provenance, "frames_sha256": self.frames_sha256}
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
-        """Writes `path` (an .mp4; its folder is made if need be) and the sidecar beside it; returns the path.
+        """Writes `path` (an .mp4; its folder is created if need be) and the sidecar beside it; returns the path.
 
         Raises `FileExistsError` if the video is there already, unless `overwrite`. Whatever fails, nothing
         half-written bears the name.

@@ -77,7 +77,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Attributes:
-    """What `read` found in a clip; None where nothing could be made out."""
+    """What `read` sees in a clip; None where it cannot tell."""
 
     color: str | None
     shape: str | None
@@ -261,7 +261,7 @@ def _read_motion(centers: NDArray[np.float64], scale: float) -> str:
 
 
 def read(clip: Clip, known: tuple[str, ...] = SHAPES) -> Attributes:
-    """What a clip `uint8 [frames, height, width, 3]` shows; `known`: the shapes that are told apart.
+    """What a clip `uint8 [frames, height, width, 3]` shows; `known`: the shapes to choose from.
 
     The background is read along the edge, the shape's colour from the pixels farthest from it, the shape and its
     size by the best overlap with a drawn one of the same centre of mass, the motion from how that centre moves.

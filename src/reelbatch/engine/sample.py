@@ -1,4 +1,4 @@
-"""Sample: one video on its way from noise to latents."""
+"""Sample: one video between noise and latents."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from reelbatch.engine.flow import Schedule
 from reelbatch.request import VideoRequest
 
 GENERATOR_BITS = 32
-"""Of a seed, PyTorch's CPU generator looks at so many bits."""
+"""Bits of a seed that PyTorch's CPU generator reads."""
 
 
 def draw_noise(seed: int, shape: tuple[int, ...]) -> Float[Tensor, "channels frames height width"]:
@@ -58,7 +58,7 @@ class SavedState:
 
 @dataclass(frozen=True)
 class Sample:
-    """One video on its way. A step gives a new sample and leaves this one as it was.
+    """One video in progress. A step gives a new sample and leaves this one as it was.
 
     Attributes:
         request: what was asked, with the model's defaults filled in.

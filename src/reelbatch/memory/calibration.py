@@ -45,7 +45,7 @@ class Calibration(BaseModel):
     """Corrections for an identity, and the errors of the uncorrected estimates (over measured, less 1).
 
     Attributes:
-        estimates: how those were made that it corrects; files without it are of a time of fitted formulas.
+        estimates: how those that it corrects were made; files without it are of a time of fitted formulas.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -96,7 +96,7 @@ def find(wanted: Identity) -> Found:
     except ValueError:
         return Found(None, f"{_path(wanted).name} is damaged or of another version")
     if calibration.estimates != ESTIMATES:
-        return Found(None, "it corrects the estimates of an earlier version, which were made in another way")
+        return Found(None, "it corrects the estimates of an earlier version, which were computed differently")
     differences = calibration.identity.differences(wanted)
     return Found(None, "; ".join(differences)) if differences else Found(calibration)
 

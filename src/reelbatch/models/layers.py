@@ -58,7 +58,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Attending:
-    """How the branches of a pack attend: the mask of each, made ready once for all layers, and the backend."""
+    """How the branches of a pack attend: the mask of each, prepared once for all layers, and the backend."""
 
     masks: tuple[Mask, ...] | None = None
     backend: str = AUTO
@@ -161,7 +161,7 @@ def make_layout(
     device: torch.device,
     first_frame_apart: bool = False,
 ) -> Layout:
-    """The layout of a pack of these shapes; made once, it serves every layer of every step."""
+    """The layout of a pack of these shapes; computed once, it serves every layer of every step."""
 
     def parts(lengths: Lengths) -> Lengths:
         if not first_frame_apart:

@@ -61,9 +61,9 @@ def repair(pipe: Any, isolation: Literal["exact", "packed"] = "exact") -> list[R
 
     Args:
         pipe: a `HunyuanVideoPipeline`, `HunyuanVideo15Pipeline` or `HunyuanVideo15ImageToVideoPipeline`.
-        isolation: for `HunyuanVideoPipeline`; the others have one kind only. "exact": everything is computed in the shapes that a video
-            has alone, so it is the same bit for bit; "packed": fewer and larger calls, the same to rounding. Repairing
-            again sets it anew.
+        isolation: for `HunyuanVideoPipeline`; the others have one kind only. "exact": everything is computed in the
+            shapes that a video has alone, so it is the same bit for bit; "packed": fewer and larger calls, the same to
+            rounding. Repairing again sets it anew.
 
     Returns:
         What was done; empty if the pipeline was repaired already.

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written aside and renamed, so that what has its name is whole; the last ones are kept."""
+"""Checkpoints of a run: saved under another name and renamed, so that none is half there; the last ones are kept."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class Checkpoints:
         path = Path(asked).expanduser()
         if (path / STATE).is_file():
             return path
-        there = ", ".join(str(found) for found in self.all()) or "none"
+        there = ", ".join(str(checkpoint) for checkpoint in self.all()) or "none"
         raise CheckpointError(f"resume={asked}: is no checkpoint (a folder step-… with {STATE}); there are: {there}")
 
 

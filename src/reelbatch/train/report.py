@@ -1,4 +1,4 @@
-"""What a run tells: metrics.csv, the loss plot, TensorBoard where it is installed."""
+"""What a run reports: metrics.csv, the loss plot, TensorBoard where it is installed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Outcome:
 
     Attributes:
         loss: mean over its samples (or tokens). gradient_norm: before clipping.
-        samples, tokens: how many it had. seconds: how long it took. stop: whether the run was told to stop.
+        samples, tokens: how many it had. seconds: how long it took. stop: whether the run was asked to stop.
     """
 
     loss: float
@@ -54,22 +54,21 @@ class Tally:
 
     def row(self, step: int, learning_rate: float) -> dict[str, Any]:
         """A row of `metrics.csv`: sums of samples, tokens and seconds, means of the others."""
-        found = self.outcomes
-        seconds = sum(one.seconds for one in found)
-        samples = sum(one.samples for one in found)
+        seconds = sum(one.seconds for one in self.outcomes)
+        samples = sum(one.samples for one in self.outcomes)
         return {
             "step": step,
             "samples": samples,
-            "tokens": sum(one.tokens for one in found),
-            "loss": sum(one.loss for one in found) / len(found),
+            "tokens": sum(one.tokens for one in self.outcomes),
+            "loss": sum(one.loss for one in self.outcomes) / len(self.outcomes),
             "learning_rate": learning_rate,
-            "gradient_norm": sum(one.gradient_norm for one in found) / len(found),
+            "gradient_norm": sum(one.gradient_norm for one in self.outcomes) / len(self.outcomes),
             "seconds": seconds,
             "samples_per_second": samples / seconds,
         }
 
     def seconds_left(self, steps: int) -> float:
-        """Of so many steps more, at the pace of these."""
+        """Seconds that so many steps more take, at the pace of these."""
         return steps * sum(one.seconds for one in self.outcomes) / len(self.outcomes)
 
 

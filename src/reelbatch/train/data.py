@@ -93,8 +93,8 @@ class ClipRules:
         scale, stride = self.scale(height, width), self.spatial_stride
         fitted = [int(side * scale + 1e-6) // stride * stride for side in (height, width)]
         if 0 in fitted:
-            small = "" if scale == 1 else f", {int(width * scale)}×{int(height * scale)} by max_pixels={self.max_pixels}"
-            raise BrokenClip(f"is {width}×{height}{small}, less than the {stride} pixels a side that the model needs")
+            size = "" if scale == 1 else f", {int(width * scale)}×{int(height * scale)} by max_pixels={self.max_pixels}"
+            raise BrokenClip(f"is {width}×{height}{size}, less than the {stride} pixels a side that the model needs")
         return fitted[0], fitted[1]
 
     def as_text(self) -> str:

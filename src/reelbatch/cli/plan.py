@@ -106,20 +106,20 @@ def _show_plan(result: Answer) -> None:
         table.add_row(PHASES[phase], *(f"{size / 2**30:.2f}" for size in sizes))
     answer = Console()
 
-    def tell(text: str, style: str | None = None) -> None:
+    def show(text: str, style: str | None = None) -> None:
         answer.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
     answer.print(table)
     if setup.held:
-        tell(f"besides, this process holds {setup.held / 2**30:.2f} GiB before a model is loaded")
-    tell(result.verdict, None if result.fits else "red")
+        show(f"besides, this process holds {setup.held / 2**30:.2f} GiB before a model is loaded")
+    show(result.verdict, None if result.fits else "red")
     for number, remedy in enumerate(result.remedies):
         start = "what would make it fit, the cheapest first: " if number == 0 else "  or: "
-        tell(f"{start}{', '.join(remedy.changes)} (estimated peak {remedy.peak / 2**30:.2f} GiB)")
+        show(f"{start}{', '.join(remedy.changes)} (estimated peak {remedy.peak / 2**30:.2f} GiB)")
     if not result.fits and not result.remedies:
-        tell("no smaller batch, dtype, offload or VAE tiling makes it fit: make it smaller or shorter")
+        show("no smaller batch, dtype, offload or VAE tiling makes it fit: make it smaller or shorter")
     most = f"{result.largest_batch}{' or more' if result.largest_batch == LARGEST_BATCH else ''}"
-    tell(f"largest batch that fits as it is set: {most if result.largest_batch else 'none'}")
+    show(f"largest batch that fits as it is set: {most if result.largest_batch else 'none'}")
     if result.calibrated:
-        tell(result.calibrated)
-    tell(how_far_off(setup.model.device))
+        show(result.calibrated)
+    show(how_far_off(setup.model.device))

@@ -7,7 +7,7 @@ generated, and says which scene is in it, by plain image processing. Clips are `
 
 Every length below is in pixels of a picture whose shorter side is 64; other sizes scale with that side.
 The floor is not decoration: the VAE's group norms erase the brightness of a nearly uniform picture, so every
-scene carries a fixed contrast that tells its background apart.
+scene carries a fixed contrast by which its background is recognised.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Attributes:
-    """What `read` sees in a clip; None where it cannot tell."""
+    """What `read` sees in a clip; None where it recognises nothing."""
 
     color: str | None
     shape: str | None

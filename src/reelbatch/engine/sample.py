@@ -20,8 +20,8 @@ GENERATOR_BITS = 32
 def draw_noise(seed: int, shape: tuple[int, ...]) -> Float[Tensor, "channels frames height width"]:
     """The request's own noise, drawn on the CPU in fp32, so that a seed means the same on every device.
 
-    Seeds of 32 bits give PyTorch's noise, as in Diffusers. That generator does not tell 5 from 5 + 2³²; noise of larger
-    seeds is drawn by NumPy's Philox, whose key has all 64 bits.
+    Seeds of 32 bits give PyTorch's noise, as in Diffusers. For that generator 5 and 5 + 2³² are one seed; noise of
+    larger seeds is drawn by NumPy's Philox, whose key has all 64 bits.
     """
     if seed >> GENERATOR_BITS == 0:
         return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32)

@@ -67,8 +67,8 @@ class OneStream:
     """A pack in the single-stream blocks: `[v1 t1 v2 t2 …]`."""
 
     tokens: Float[Tensor, "tokens dim"]
-    condition: Float[Tensor, "branches dim"]
-    part_condition: Float[Tensor, "parts dim"]
+    condition: Float[Tensor, "padded_branches dim"]
+    part_condition: Float[Tensor, "padded_parts dim"]
     layout: Layout
     attend: Attending
 

@@ -172,6 +172,7 @@ class Fallback:
             return error
 
     def begin(self) -> float:
+        self.runner.model.placement.restore()
         self._fallbacks, self._calls = [], 1
         if self.gauge is not None:
             self.gauge.reset()

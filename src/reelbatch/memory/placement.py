@@ -125,6 +125,8 @@ class Placement:
     def __post_init__(self) -> None:
         check_offload(self.offload, self.device, not self.storable)
         self._parts: list[_Part] = []
+        self._away: dict[str, DiskGroup] = {}
+        """Parts that were evicted to disk."""
         self._folder: TemporaryDirectory[str] | None = None
         if self.offload == "block" and self.device.type == "cpu":
             free = shutil.disk_usage(gettempdir()).free
@@ -226,9 +228,25 @@ class Placement:
                     part.network.to(CPU)
                     back.callback(part.network.to, self.device)
                 else:
-                    back.callback(self._on_disk(part).onload_)
+                    if part.name not in self._away:
+                        self._away[part.name] = self._on_disk(part)
+                    back.callback(self._bring_back, part.name)
             free_memory()
             yield
+
+    def restore(self) -> None:
+        """Brings back what was evicted and for which there was no memory when it should have come back.
+
+        Raises:
+            MemoryError: if there still is none; no work can be done before it is here.
+        """
+        for name in [*self._away]:
+            self._bring_back(name)
+
+    def _bring_back(self, name: str) -> None:
+        free_memory()
+        self._away[name].onload_()
+        del self._away[name]
 
     @contextmanager
     def block_by_block(self, phase: Phase) -> Iterator[None]:

@@ -39,7 +39,9 @@ class DiskGroup(ModuleGroup):
         if not self._is_offloaded_to_disk:
             super()._offload_to_disk()
         for tensor in self.tensor_to_key:  # where Diffusers would leave as much memory, unwritten
-            tensor.data = torch.empty(1, dtype=tensor.dtype).expand(tensor.shape)
+            # not a number, so that no result of weights that are not here passes for one
+            nothing = torch.full((1,), torch.nan) if tensor.is_floating_point() else torch.zeros(1)
+            tensor.data = nothing.to(tensor.dtype).expand(tensor.shape)
 
     def _onload_from_disk(self) -> None:
         """Reads into pages of its own, which go back to the system when the weights leave, each weight at an aligned
@@ -51,7 +53,8 @@ class DiskGroup(ModuleGroup):
             pages, start = mmap.mmap(-1, max(sum(sizes.values()), 1)), 0
             for key, tensor in self.key_to_tensor.items():
                 file.seek(8 + length + header[key]["data_offsets"][0])
-                file.readinto(memoryview(pages)[start : start + tensor.nbytes])
+                if file.readinto(memoryview(pages)[start : start + tensor.nbytes]) != tensor.nbytes:
+                    raise OSError(f"{self.safetensors_file_path}: is cut short; these weights cannot come back")
                 if tensor.numel():
                     loaded = torch.frombuffer(pages, dtype=tensor.dtype, count=tensor.numel(), offset=start)
                     tensor.data = loaded.view(tensor.shape)

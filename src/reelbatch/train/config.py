@@ -114,7 +114,7 @@ class TrainConfig(BaseModel):
     shift_by_size: bool = _in(
         LOSS, "Shift each sample by its own size: flow_shift × sqrt(its tokens / those of the model's own size).", False
     )
-    guidance: float = _in(LOSS, "Embedded guidance that the model gets while training.", 1.0, ge=0)
+    guidance: float = _in(LOSS, "Embedded guidance that the model is given while training.", 1.0, ge=0)
     guidance_max: float | None = _in(LOSS, "Draw the guidance between --guidance and this, one a sample.", None, ge=0)
     weigh: Literal["samples", "tokens"] = _in(
         LOSS, "What counts the same in the loss: samples, or their tokens.", "samples"
@@ -201,16 +201,16 @@ def make_config(fields: Mapping[str, Any], where: str = "config") -> TrainConfig
         raise ConfigError("\n".join(f"{where}: {_fault(details)}" for details in error.errors())) from None
 
 
-def _fault(error: ErrorDetails) -> str:
-    if not error["loc"]:
-        return str(error.get("ctx", {}).get("error", error["msg"])).replace("\n", "; ")
-    field = str(error["loc"][0])
-    if error["type"] == "extra_forbidden":
+def _fault(details: ErrorDetails) -> str:
+    if not details["loc"]:
+        return str(details.get("ctx", {}).get("error", details["msg"])).replace("\n", "; ")
+    field = str(details["loc"][0])
+    if details["type"] == "extra_forbidden":
         near = difflib.get_close_matches(field, FIELDS, n=1)
         return f"{field}: no such field; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(FIELDS)}")
-    reason = error["msg"][0].lower() + error["msg"][1:]
-    if error["type"] == "literal_error":
+    reason = details["msg"][0].lower() + details["msg"][1:]
+    if details["type"] == "literal_error":
         annotation = TrainConfig.model_fields[field].annotation
-        near = difflib.get_close_matches(str(error["input"]), [str(value) for value in get_args(annotation)], n=1)
+        near = difflib.get_close_matches(str(details["input"]), [str(value) for value in get_args(annotation)], n=1)
         reason += f"; did you mean {near[0]}?" if near else ""
-    return f"{field}={error['input']!r}: {reason}"
+    return f"{field}={details['input']!r}: {reason}"

@@ -140,8 +140,7 @@ def main() -> None:
             for version in order:
                 times[version].append(version.seconds(cell))
         before, now = statistics.median(times[old]), statistics.median(times[new])
-        # each repeat's own ratio: what disturbs both sides of it drops out
-        ratio = statistics.median(b / a for a, b in zip(times[old], times[new], strict=True))
+        ratio = now / before
         ratios.append(ratio)
         part, isolation, shape, batch, _ = cell
         size = "×".join(map(str, shape))

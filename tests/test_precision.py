@@ -91,10 +91,10 @@ def test_each_part_is_loaded_in_its_own_dtype(tiny_folder: Path) -> None:
 
 def test_eight_bit_weights_take_one_byte_and_change_little(tiny_folder: Path) -> None:
     quantized, full = load(tiny_folder, "cpu", "int8"), load(tiny_folder, "cpu", "fp32")
-    for name, module in quantized.transformer.named_modules():
+    for name, module in quantized.family.transformer.named_modules():
         if isinstance(module, torch.nn.Linear):
             assert isinstance(module.weight, Int8Tensor) != (name.split(".")[0] in NOT_CONVERTED), name
-    weight = quantized.transformer.transformer_blocks[0].ff.net[2].weight
+    weight = quantized.family.transformer.transformer_blocks[0].ff.net[2].weight
     assert weight.qdata.dtype == torch.int8
     assert weight.scale.numel() == weight.shape[0]  # a scale an output row, so that batch-mates share none
     ours, theirs = (Engine(found, keep_latents=True).generate(requests()) for found in (quantized, full))

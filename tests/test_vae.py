@@ -1,20 +1,19 @@
-"""models/vae.py against Diffusers' own decoder, and the memory it takes."""
+"""The VAE against Diffusers' own decoder, whole and in tiles."""
 
 from __future__ import annotations
 
 import copy
-import multiprocessing
-import sys
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import HunyuanVideoMidBlock3D
+from hypothesis import given
+from hypothesis import strategies as st
 from probes import LargestTensor
 
 from reelbatch.device import _cgroup_limits, device_memory_bytes
-from reelbatch.memory.estimate import decode_peak_bytes
 from reelbatch.models.hunyuan_video.vae import FrameCausalMidBlock3D, VideoDecoder, use_frame_causal_attention
 
 
@@ -27,6 +26,11 @@ def reference(vae, latents: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         video = vae.decode(latents[None].to(vae.dtype) / vae.config.scaling_factor).sample[0].float()
     return (video * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 3, 0)
+
+
+def levels_apart(frames: torch.Tensor, expected: torch.Tensor) -> float:
+    """How far 8-bit frames are from frames in [0, 1], in levels; rounding alone is 0.5."""
+    return float((frames.float() - 255 * expected).abs().max())
 
 
 @pytest.fixture
@@ -43,15 +47,16 @@ def vae():
 @pytest.mark.parametrize("tiling", [False, True], ids=["whole", "tiles"])
 def test_equals_diffusers(vae, shape, tiling):
     if tiling:  # tiles of 2 x 2 latents, 1 apart
-        vae.enable_tiling(16, 16, tile_sample_stride_height=8, tile_sample_stride_width=8)
+        vae.enable_tiling(16, 16, tile_sample_stride_height=12, tile_sample_stride_width=12)
     sample = latents(4, *shape)
     expected = reference(vae, sample)
-    frames = VideoDecoder(vae).decode(sample)
+    vae.disable_tiling()
+    frames = VideoDecoder(vae).decode(sample, 16 if tiling else None)
     assert frames.shape == (4 * shape[0] - 3, 8 * shape[1], 8 * shape[2], 3)
-    assert frames.dtype == torch.float32
+    assert frames.dtype == torch.uint8
     assert frames.is_contiguous()
     assert expected.std() > 0.03
-    assert (frames - expected).abs().max() <= 1e-5
+    assert levels_apart(frames, expected) <= 0.501
 
 
 def test_attention_matters(vae):
@@ -86,8 +91,8 @@ def test_weights_hooks_and_flags_stay(vae):
     calls = []
     vae.decoder.mid_block.register_forward_hook(lambda *_: calls.append("block"))
     vae.decoder.mid_block.attentions[0].register_forward_hook(lambda *_: calls.append("attention"))
-    decoder = VideoDecoder(vae, tile_above_bytes=0)
-    decoder.decode(latents(4, 2, 4, 4))
+    decoder = VideoDecoder(vae)
+    decoder.decode(latents(4, 2, 4, 4), 64)
     assert isinstance(vae.decoder.mid_block, FrameCausalMidBlock3D)
     assert calls == ["attention", "block"]
     assert (vae.use_tiling, vae.use_slicing, vae.use_framewise_decoding) == (False, False, True)
@@ -96,34 +101,45 @@ def test_weights_hooks_and_flags_stay(vae):
 
     vae.decoder.register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        decoder.decode(latents(4, 2, 4, 4))
+        decoder.decode(latents(4, 2, 4, 4), 64)
     assert vae.use_tiling is False
 
 
-def test_tiles_when_the_estimate_for_this_shape_says_so(vae):
-    vae.tile_sample_min_height = vae.tile_sample_min_width = 32
-    vae.tile_sample_stride_height = vae.tile_sample_stride_width = 16
-    small, large = latents(4, 2, 4, 4), latents(4, 2, 8, 8)
-    limit = decode_peak_bytes(vae.config, tuple(small.shape), vae.dtype)
-    assert decode_peak_bytes(vae.config, tuple(large.shape), vae.dtype) > limit
-    whole = reference(vae, large)
-    vae.enable_tiling()
-    tiled = reference(vae, large)
+def test_tiles_are_an_argument_that_no_other_decode_sees(vae):
+    sample = latents(4, 2, 12, 12)
+    whole = reference(vae, sample)
+    vae.enable_tiling(64, 64, tile_sample_stride_height=48, tile_sample_stride_width=48)
+    tiled = reference(vae, sample)
     vae.disable_tiling()
-    assert (whole - tiled).abs().max() > 1e-3  # else this test could not tell which was done
+    assert (whole - tiled).abs().max() > 2 / 255  # else this test could not tell which was done
+    decoder, inside = VideoDecoder(vae), []
 
-    decoder = VideoDecoder(vae, tile_above_bytes=limit)
-    assert [decoder.tiles(tuple(sample.shape)) for sample in (small, large)] == [False, True]
-    assert (decoder.decode(large) - tiled).abs().max() <= 1e-5
-    assert (VideoDecoder(vae).decode(large) - whole).abs().max() <= 1e-5
+    def decode_whole(*_: object) -> None:
+        if not inside:  # in the middle of a decode in tiles, as another thread might
+            inside.append(None)
+            inside.append(decoder.decode(sample))
+
+    handle = vae.decoder.register_forward_pre_hook(decode_whole)
+    frames = decoder.decode(sample, 64)
+    handle.remove()
+    assert levels_apart(frames, tiled) <= 0.501
+    assert levels_apart(inside[1], whole) <= 0.501
+    assert levels_apart(decoder.decode(sample), whole) <= 0.501
+
+
+@given(st.integers(1, 2000), st.integers(1, 2000))
+def test_tiles_are_decided_by_height_and_width_alone(height, width):
+    side = VideoDecoder.tile_side(height, width)
+    assert side == (256 if height * width > 424_000 else None)
+    # tensors of a whole decode stay below what kernels that count in 32 bits take
+    assert side or 256 * 19 * (height + 2) * (width + 2) < 2**31 or min(height, width) < 8
 
 
 def test_bfloat16_stays_near_float32(vae):
     sample = latents(4, 3, 4, 4)
     expected = VideoDecoder(vae).decode(sample)
     frames = VideoDecoder(vae.to(torch.bfloat16)).decode(sample)
-    assert frames.dtype == torch.float32
-    assert 0 < (frames - expected).abs().max() < 0.1
+    assert 0 < (frames.float() - expected.float()).abs().max() < 25
 
 
 def test_bad_latents_are_refused(vae):
@@ -152,55 +168,6 @@ def test_mid_block_makes_no_tensor_that_grows_with_the_square(vae):
     assert [largest_tensor(vae.decoder.mid_block, 5, side) for side in sides] == [
         16 * (5 + 2) * (side + 2) ** 2 for side in sides
     ]
-
-
-MEASURED_VAE = {"block_out_channels": (16, 64, 16, 16), "norm_num_groups": 4}
-
-
-def _decode_growth(sides: tuple[int, ...], results) -> None:
-    """In a fresh process: how far the peak resident set of each decode is above what is resident after a tiny one."""
-    torch.set_num_threads(1)
-    decoder, growth = VideoDecoder(tiny.vae(**MEASURED_VAE)), []
-    decoder.decode(latents(4, 5, 2, 2))
-    resident = _resident("VmRSS")
-    for side in sides:
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far, that of the imports say
-        decoder.decode(latents(4, 5, side, side))
-        growth.append(_resident("VmHWM") - resident)
-    results.put(growth)
-
-
-def _resident(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
-def test_estimate_of_the_decode_peak_holds():
-    """Above what was measured, and its growth with the shape from 20 % below to 60 % above the measured one's.
-
-    Measured here is a decode in a fresh process, without what its libraries take and what the allocator keeps.
-    """
-    context, sides = multiprocessing.get_context("spawn"), (10, 18)
-    results = context.Queue()
-    process = context.Process(target=_decode_growth, args=(sides, results))
-    process.start()
-    measured = results.get(timeout=300)
-    process.join()
-    config = tiny.vae(**MEASURED_VAE).config
-    estimated = [decode_peak_bytes(config, (4, 5, side, side), torch.float32) for side in sides]
-    assert measured[1] < estimated[1]
-    growth = (estimated[1] - estimated[0]) / (measured[1] - measured[0])
-    assert 0.8 < growth < 1.6, (estimated, measured)
-
-
-def test_estimate_follows_the_tiles():
-    config = tiny.vae(**MEASURED_VAE).config
-    shape = (4, 33, 90, 160)
-    whole = decode_peak_bytes(config, shape, torch.bfloat16)
-    assert decode_peak_bytes(config, shape, torch.float32) > 1.6 * whole
-    assert decode_peak_bytes(config, shape, torch.bfloat16, tiled=True) < whole
-    assert decode_peak_bytes(config, shape, torch.bfloat16, framewise=False) > 2 * whole
 
 
 def test_device_memory_counts_a_container_limit(tmp_path: Path):

@@ -117,7 +117,7 @@ def test_another_transformer(pipe):
 def test_somebodys_own_block(pipe):
     block = pipe.transformer.transformer_blocks[1]
     block.__class__ = Wrapped
-    with pytest.raises(CannotRepair, match=r"transformer_blocks\.1 is a test_repair\.Wrapped, not a HunyuanVideoTr"):
+    with pytest.raises(CannotRepair, match=r"transformer_blocks\.1 is a test_repair_refusals\.Wrapped, not a Hunyuan"):
         reelbatch.repair(pipe)
     assert type(block) is Wrapped
 
@@ -127,7 +127,7 @@ def test_attention_processors(pipe):
     transformer = pipe.transformer
     transformer.set_attn_processor(OwnProcessor())
     for name, right in (("HunyuanVideoAttnProcessor2_0", 4), ("AttnProcessor2_0", 6)):
-        with pytest.raises(CannotRepair, match=f"test_repair.OwnProcessor where {name} was expected") as refused:
+        with pytest.raises(CannotRepair, match=f"refusals.OwnProcessor where {name} was expected") as refused:
             reelbatch.repair(pipe)
         call = str(refused.value).partition(": ")[2].removesuffix(" Nothing was changed.").removesuffix(".")
         exec(call, {"pipe": pipe, **{kind.__name__: kind for kind in hunyuan_video.PROCESSORS.values()}})

@@ -25,8 +25,10 @@ from reelbatch.ragged import Lengths
 from reelbatch.tracing import cached
 
 NORM_EPS = 1e-6
+Rows = Float[Tensor, "tokens dim"]
 VideoRows = Float[Tensor, "video_tokens dim"]
 TextRows = Float[Tensor, "text_tokens dim"]
+Parts = Float[Tensor, "parts dim"]
 Conditions = Float[Tensor, "padded_branches dim"]
 """A row for each branch, and rows to ignore: padded once, no modulation is too small a product (`linear`)."""
 
@@ -100,12 +102,7 @@ class Modulation(nn.Module):
         return self.linear(condition).split(condition.shape[-1], dim=-1)
 
 
-def modulated_norm(
-    rows: Float[Tensor, "tokens dim"],
-    lengths: Lengths,
-    shift: Float[Tensor, "parts dim"],
-    scale: Float[Tensor, "parts dim"],
-) -> Float[Tensor, "tokens dim"]:
+def modulated_norm(rows: Rows, lengths: Lengths, shift: Parts, scale: Parts) -> Rows:
     """`LayerNorm(rows) * (1 + scale) + shift`, the part's scale and shift serving as the norm's own affine.
 
     Args:
@@ -119,12 +116,7 @@ def modulated_norm(
     return ragged.map_samples(norm, rows, lengths, 1 + scale, shift)
 
 
-def gated_residual(
-    rows: Float[Tensor, "tokens dim"],
-    lengths: Lengths,
-    gate: Float[Tensor, "parts dim"],
-    update: Float[Tensor, "tokens dim"],
-) -> Float[Tensor, "tokens dim"]:
+def gated_residual(rows: Rows, lengths: Lengths, gate: Parts, update: Rows) -> Rows:
     """`rows + gate * update`, with one gate a part; `lengths` and `gate` are as for `modulated_norm`."""
     updates = iter(ragged.split(update, lengths))
     return ragged.map_samples(lambda part, g: torch.addcmul(part, g, next(updates)), rows, lengths, gate)
@@ -308,8 +300,8 @@ class TokenRefiner(nn.Module):
 
 
 class HeadNorm(nn.RMSNorm):
-    """RMS norm of each head's channels. The operations are PyTorch's, which has no kernel for it on a CPU, and so are the
-    bits; there are fewer tensors and calls."""
+    """RMS norm of each head's channels. The operations are PyTorch's, which has no kernel for it on a CPU, and so are
+    the bits; there are fewer tensors and calls."""
 
     def forward(self, x: Float[Tensor, "tokens heads head_dim"]) -> Float[Tensor, "tokens heads head_dim"]:
         if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_grad_enabled():
@@ -357,9 +349,7 @@ class JointAttention(Projections):
         video, text = ragged.separate(attended, layout.video, layout.text)
         return linear(self.to_out[0], video), linear(self.to_add_out, text)
 
-    def one_stream(
-        self, tokens: Float[Tensor, "tokens dim"], layout: Layout, attend: Attending
-    ) -> Float[Tensor, "tokens heads*head_dim"]:
+    def one_stream(self, tokens: Rows, layout: Layout, attend: Attending) -> Rows:
         """The joint sequence `[v1 t1 v2 t2 …]` attends to itself; the output projection is the block's own."""
         starts = _starts(layout.joint)
         query = rotate_video_(self.norm_q(self._heads(linear(self.to_q, tokens))), starts, layout)

@@ -379,21 +379,21 @@ def test_a_mask_is_looked_into_once_and_again_when_it_was_written_to(kind: str) 
     assert (attention(*qkv, mask)[1, 2, 3] == 0).all()
 
 
-def test_what_was_found_of_a_mask_is_forgotten_with_it_and_is_never_much() -> None:
+def test_what_is_kept_of_a_mask_is_forgotten_with_it_and_is_never_much() -> None:
     gc.collect()
-    before = len(masks._FOUND)
+    before = len(masks._RESULTS)
     for kind in ("bool", "additive", "zeros and -inf", "an empty row nowhere"):
         mask = draw_mask((2, 3, 5, 7), kind) if " row" not in kind else torch.ones(5, 7).tril() > 0
         attention(*draw(Sizes(2, 3, 5, 7), torch.bfloat16), mask)
-        assert len(masks._FOUND) > before
+        assert len(masks._RESULTS) > before
         del mask
         gc.collect()
-        assert len(masks._FOUND) == before
+        assert len(masks._RESULTS) == before
     tensor, found = torch.ones(1), []
     for key in range(100):
         once(tensor, key, lambda: found.append(0))
     assert len(found) == 100
-    assert len(masks._FOUND[tensor][1]) <= masks.KEPT
+    assert len(masks._RESULTS[tensor][1]) <= masks.KEPT
 
 
 def test_masks_and_rules_that_were_met_in_inference_mode_serve_training_next() -> None:

@@ -85,11 +85,11 @@ def parse_bytes(text: str) -> int:
     Raises:
         ValueError: for anything else, saying how to write it.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*", text)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*", text)
     units = {name.lower(): size for name, size in UNITS.items()}
-    if found is None or found[2].lower() not in units or float(found[1]) == 0:
+    if match is None or match[2].lower() not in units or float(match[1]) == 0:
         raise ValueError(f"memory size {text!r} cannot be read; write it as 20GiB, 20GB or 20480MiB")
-    return int(float(found[1]) * units[found[2].lower()])
+    return int(float(match[1]) * units[match[2].lower()])
 
 
 def trim_heap() -> None:
@@ -103,10 +103,10 @@ def trim_heap() -> None:
 @cache
 def _malloc_trim() -> Callable[[int], int] | None:
     try:
-        found: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+        trim: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
     except (OSError, AttributeError, TypeError):  # another C library; Windows has no library without a name
         return None
-    return found
+    return trim
 
 
 def held_bytes(device: torch.device | str) -> int:
@@ -156,8 +156,8 @@ def processor_name() -> str:
     """The processor, as the system calls it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    found = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-    return found or platform.processor() or platform.machine()
+    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    return name or platform.processor() or platform.machine()
 
 
 def device_name(device: torch.device | str) -> str:

@@ -15,7 +15,7 @@ Lengths = tuple[int, ...]
 
 
 def split(rows: Tensor, lengths: Lengths) -> tuple[Tensor, ...]:
-    """The rows of each sample, as views. A single sample is returned as it is."""
+    """The rows `[sum(lengths), ...]` of each sample, as views. A single sample is returned as it is."""
     return (rows,) if len(lengths) == 1 else rows.split(lengths)
 
 
@@ -25,13 +25,13 @@ def join(parts: Sequence[Tensor]) -> Tensor:
 
 
 def interleave(first: Tensor, first_lengths: Lengths, second: Tensor, second_lengths: Lengths) -> Tensor:
-    """`[a1 a2 …]` and `[b1 b2 …]` become `[a1 b1 a2 b2 …]`."""
+    """`[a1 a2 …]` and `[b1 b2 …]` become `[a1 b1 a2 b2 …]`; all axes but the first agree."""
     pairs = zip(split(first, first_lengths), split(second, second_lengths), strict=True)
     return torch.cat([part for pair in pairs for part in pair])
 
 
 def separate(rows: Tensor, first_lengths: Lengths, second_lengths: Lengths) -> tuple[Tensor, Tensor]:
-    """The inverse of `interleave`."""
+    """The inverse of `interleave`: `[a1 b1 a2 b2 …]` becomes `[a1 a2 …]` and `[b1 b2 …]`."""
     lengths = tuple(n for pair in zip(first_lengths, second_lengths, strict=True) for n in pair)
     parts = rows.split(lengths)
     return join(parts[0::2]), join(parts[1::2])

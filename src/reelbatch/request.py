@@ -45,7 +45,7 @@ class Problem(NamedTuple):
 
 
 class RequestError(ValueError):
-    """A request that cannot be made. `problems` holds every fault that was found, not only the first."""
+    """A request that cannot be made. `problems` holds every fault, not only the first."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = tuple(problems)
@@ -314,7 +314,7 @@ def _unknown_rule(name: str | None, limits: ModelLimits) -> Problem | None:
 
 
 def _problem(details: ErrorDetails) -> Problem:
-    """pydantic's finding, in words for a person."""
+    """pydantic's error, in words for a person."""
     field = str(details["loc"][0])
     if details["type"] == "extra_forbidden":
         return Problem(field, f"{field}: no such field; {did_you_mean(field)}")

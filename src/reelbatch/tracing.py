@@ -58,7 +58,7 @@ class _Trace(TorchDispatchMode):
         self.on_cpu = on_cpu
         self.live = self.peak = 0
         self.results: dict[Hashable, Any] = {}
-        """Of cached functions and of parts that were run, for as long as this trace."""
+        """Results of cached functions and of parts that were run, for as long as this trace."""
         self._storages: dict[int, Any] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -10,5 +10,5 @@ from reelbatch import __version__
 
 @cache
 def versions() -> dict[str, str]:
-    """Of reelbatch, torch, diffusers and transformers. Kept, as looking one up takes a millisecond."""
+    """Versions of reelbatch, torch, diffusers and transformers. Kept, as looking one up takes a millisecond."""
     return {"reelbatch": __version__} | {name: version(name) for name in ("torch", "diffusers", "transformers")}

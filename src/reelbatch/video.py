@@ -2,7 +2,7 @@
 
 A finished video on disk is two files: `name.mp4` (H.264) and `name.json`, its record: the request, the model and
 versions that made it, and the SHA-256 of its frames as they were before compression. The mp4 carries the same record
-in its `comment`. The mp4 is written aside and put in its place at once, so what has its name is whole.
+in its `comment`. The mp4 is written under another name and renamed, so what has its name is whole.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ MADE_BY = ("model", "dtype", "isolation")  # what makes two videos of one reques
 class Video:
     """A finished video.
 
-    request: as it was made, every default filled in.
+    request: with every default filled in.
     frames: uint8 `[frames, height, width, 3]`, RGB.
-    provenance: what made it (model, versions, isolation, seconds, batch, …); JSON values.
-    latents: the last latents `[channels, latent frames, height / 8, width / 8]`, where they were asked for.
+    provenance: what it depends on (model, versions, isolation, seconds, batch, …); JSON values.
+    latents: the last latents, fp32 `[channels, latent frames, latent height, latent width]`, where they were asked for.
     """
 
     request: VideoRequest
@@ -71,10 +71,12 @@ class Video:
         return {"request": request, **self.provenance, "frames_sha256": self.frames_sha256}
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
-        """Writes `path` (an .mp4; its folder is made if need be) and the sidecar beside it; returns the path.
+        """Writes `path` (an .mp4; its folder is created if need be) and the sidecar beside it; returns the path.
 
-        Raises `FileExistsError` if the video is there already, unless `overwrite`. Whatever fails, nothing
-        half-written bears the name.
+        Raises:
+            FileExistsError: if the video is there already, unless `overwrite`.
+            ValueError: for another ending than .mp4, and for odd sizes, which H.264 does not have.
+            OSError: if it cannot be written; nothing half-written bears the name.
         """
         path = Path(path)
         if not overwrite and path.exists():
@@ -89,6 +91,10 @@ class Video:
         """The whole file that `path` is to become, on the disk under another name; removed if it is not put in place.
 
         folder: where it is written, on the same file system; `path`'s own by default.
+
+        Raises:
+            ValueError: for another ending than .mp4, and for odd sizes, which H.264 does not have.
+            OSError: if it cannot be written.
         """
         if path.suffix.lower() != ".mp4":
             raise ValueError(f"{path}: videos are saved as .mp4")
@@ -133,7 +139,11 @@ def write_sidecar(path: Path, record: Mapping[str, Any], folder: Path | None = N
 
 
 def read_video(path: str | Path) -> Frames:
-    """The frames of a video file, uint8 `[frames, height, width, 3]`, RGB; H.264 is near what was saved, not equal."""
+    """The frames of a video file, uint8 `[frames, height, width, 3]`, RGB; H.264 is near what was saved, not equal.
+
+    Raises:
+        OSError, ValueError: for a file that cannot be read or decoded.
+    """
     with av.open(str(path)) as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
@@ -170,6 +180,10 @@ def contact_sheet(videos: Iterable[Video | str | Path], path: str | Path, *, fra
 
     videos: finished ones or their files, of any mixture of sizes and lengths; read one at a time. Past 100 rows,
     columns are added and the pictures get smaller. Replaces `path`. A file that cannot be read gets a row that says so.
+
+    Raises:
+        ValueError: for no videos.
+        OSError: if it cannot be written.
     """
     path = Path(path)
     sources = list(videos)

@@ -122,7 +122,7 @@ def ragged_attention(
     Args:
         query, key, value: `[sum(lengths), heads, head dim]`, the samples laid end to end.
         lengths: tokens of each sample. A sample of no tokens is allowed.
-        masks: one a sample, made ready by `per_sample` or `compile_rules`; None for a sample, or for all, is no mask.
+        masks: one a sample, prepared by `per_sample` or `compile_rules`; None for a sample, or for all, is no mask.
         backend: a name in `BACKENDS`, or "auto".
     """
     return attend(query, key, value, lengths, masks, backend)

@@ -25,7 +25,7 @@ from reelbatch.tracing import cached
 
 @dataclass(frozen=True)
 class Backend:
-    """A way to compute attention.
+    """A kernel, or a plan of kernel calls, that computes attention.
 
     Attributes:
         refuses: why it cannot compute in a setting; None if it can.

@@ -31,7 +31,7 @@ FORMS = ("K", "BK", "QK", "HQK", "BQK", "BHQK")
 
 
 class Sizes(NamedTuple):
-    """Of the attention that a mask is for."""
+    """The sizes of the attention that a mask is for."""
 
     batch: int
     heads: int
@@ -96,10 +96,10 @@ def _four_axes(mask: Tensor, form: str) -> Tensor:
 def _message(mask: Tensor, sizes: Sizes, axes: str | None, readings: Iterable[str]) -> str:
     shape, (batch, heads, queries, keys) = list(mask.shape), sizes
     if readings:
-        ways = " or ".join(f"{form} (mask{_unsqueezes(form)}, or axes={form!r})" for form in readings)
+        readable = " or ".join(f"{form} (mask{_unsqueezes(form)}, or axes={form!r})" for form in readings)
         return (
             f"A mask of shape {shape} can be read in two ways, for query [{batch}, {heads}, {queries}, D] and key "
-            f"[{batch}, {heads}, {keys}, D]: as {ways}. Say which one is meant."
+            f"[{batch}, {heads}, {keys}, D]: as {readable}. Say which one is meant."
         )
     lines = [
         f"A mask of shape {shape} does not fit{f' as {axes}' if axes else ''}: the attention has {batch} samples, "
@@ -132,7 +132,7 @@ def _cures(mask: Tensor, sizes: Sizes) -> Iterator[str]:
 
 @dataclass(frozen=True, eq=False)
 class DenseMask:
-    """The mask of one sample, made ready once for all layers and steps.
+    """The mask of one sample, prepared once for all layers and steps.
 
     Attributes:
         scores: `[H or 1, Q or 1, K]`, boolean or additive; every query may attend to something in it.
@@ -161,7 +161,7 @@ class DenseMask:
 
 
 def prepare(mask: Shaped[Tensor, "#heads #queries keys"]) -> DenseMask | None:
-    """One sample's mask made ready; None if it masks nothing.
+    """One sample's mask, prepared; None if it masks nothing.
 
     Raises:
         ValueError: if an additive mask holds NaN or +inf.
@@ -187,36 +187,40 @@ def prepare(mask: Shaped[Tensor, "#heads #queries keys"]) -> DenseMask | None:
 
 
 def per_sample(mask: Tensor, sizes: Sizes, axes: str | None = None) -> tuple[DenseMask | None, ...]:
-    """A batch's mask, checked and made ready for each sample; found out once a tensor (see `once`)."""
+    """A batch's mask, checked and prepared for each sample, once a tensor (see `once`).
 
-    def find() -> tuple[DenseMask | None, ...]:
+    Args:
+        axes: as for `canonical`, which says what is raised.
+    """
+
+    def prepare_all() -> tuple[DenseMask | None, ...]:
         # detached, as a view would keep the mask alive and `once` would never forget it
         view = canonical(mask if mask.requires_grad else mask.detach(), sizes, axes)
         ready = [prepare(sample) for sample in view]
         return tuple(ready * sizes.batch if len(ready) == 1 else ready)
 
-    return once(mask, (sizes, axes), find)
+    return once(mask, (sizes, axes), prepare_all)
 
 
 KEPT = 8
-"""Findings that are kept of one tensor."""
-_FOUND: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""Results that are kept for one tensor."""
+_RESULTS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def once(tensor: Tensor, key: Any, find: Callable[[], Any]) -> Any:
-    """What `find` says of a tensor, kept as long as the tensor lives and is not written to.
+def once(tensor: Tensor, key: Any, compute: Callable[[], Any]) -> Any:
+    """The result of `compute`, kept under `key` as long as the tensor lives and is not changed.
 
-    Looking into a mask waits for its device, so it is done once, not in every layer of every step.
+    Reading a mask's values waits for its device, so it is done once, not in every layer of every step.
     """
     if tensor.is_inference() or tensor.requires_grad:  # the one counts no versions, the other's graph is used once
-        return find()
-    version, kept = _FOUND.get(tensor, (None, {}))
+        return compute()
+    version, kept = _RESULTS.get(tensor, (None, {}))
     if version != tensor._version:
         kept = {}
-        _FOUND[tensor] = (tensor._version, kept)
+        _RESULTS[tensor] = (tensor._version, kept)
     if key not in kept:
         if len(kept) == KEPT:
             kept.clear()
         with torch.inference_mode(False):  # what is kept may serve training next
-            kept[key] = find()
+            kept[key] = compute()
     return kept[key]

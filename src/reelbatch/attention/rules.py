@@ -25,7 +25,7 @@ from reelbatch.tracing import cached
 BLOCK = 128
 """Tokens on a side of a block; FlexAttention's own default."""
 MERGED = 8
-"""Blocks of queries in one call at most, where its mask has to be made; it has so many blocks times all keys."""
+"""Blocks of queries in one call at most, where it needs a mask; that has so many blocks times all keys."""
 
 
 class Tokens(NamedTuple):
@@ -90,7 +90,7 @@ class HeadRules:
 
     Args:
         rules: heads (a number, or several, as a range or a tuple) to their rule. Rules are functions, or objects that
-            compare by value; a lambda made anew each time is a new rule each time.
+            compare by value; a new lambda each time is a new rule each time.
 
     Raises:
         ValueError: if a head is named twice or is negative.
@@ -235,14 +235,14 @@ class RuleMask:
         return Span(torch.tensor(blocks, device=self.some.device), len(blocks) * BLOCK - max(beyond, 0))
 
     def places(self, span: Span) -> Int[Tensor, " tokens"]:
-        """Of a span's tokens; made when needed, as those of all calls together grow with the tokens' square."""
+        """Places of a span's tokens. Computed when needed: those of all calls together grow with the tokens' square."""
         if span.blocks is None:
             return torch.arange(span.tokens, device=self.some.device)
         places = torch.arange(BLOCK, device=self.some.device)
         return (span.blocks[:, None] * BLOCK + places).flatten()[: span.tokens]
 
     def allowed(self, call: Call) -> Bool[Tensor, "queries keys"] | None:
-        """The mask of a call, made when needed too; None if all of its pairs may attend."""
+        """The mask of a call, computed when needed too; None if all of its pairs may attend."""
         if call.rule is None:
             return None
         return _evaluate(call.rule, self.tokens, self.places(call.queries), self.places(call.keys))
@@ -300,7 +300,7 @@ def _block_mask(
     keys: int,
     allowed: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
 ) -> BlockMask:
-    """Tables of blocks (fresh ones: `every` is written to) as FlexAttention reads them."""
+    """Tables of blocks (`every` is changed, so it must be a fresh one) as FlexAttention reads them."""
     if queries % BLOCK:  # a block that reaches beyond the last token is never full
         every[:, -1] = False
     if keys % BLOCK:
@@ -328,7 +328,7 @@ def _evaluate(rule: Rule | None, tokens: Tokens, queries: Tensor, keys: Tensor) 
 
 
 def coordinates(grid: tuple[int, int, int], text: int, device: torch.device) -> Tokens:
-    """Of a sample's joint sequence: patches frame by frame, row by row, then so many text tokens."""
+    """Coordinates of a sample's joint sequence: patches frame by frame, row by row, then so many text tokens."""
     axes = torch.meshgrid(*(torch.arange(size, device=device, dtype=torch.int32) for size in grid), indexing="ij")
     frame, row, column = (pad(axis.flatten(), (0, text), value=-1) for axis in axes)
     return Tokens(frame, row, column, frame < 0)
@@ -339,9 +339,9 @@ def coordinates(grid: tuple[int, int, int], text: int, device: torch.device) -> 
 def compile_rules(
     rules: HeadRules, heads: int, grid: tuple[int, int, int], text: int, device: torch.device
 ) -> RuleMask | None:
-    """Rules made ready for a shape: once, for all layers and steps. None if they mask nothing.
+    """Rules prepared for a shape: once, for all layers and steps. None if they mask nothing.
 
-    Row after row of blocks is looked at, so no tensor has a value for every pair of tokens; the tables have one for
+    It goes row by row of blocks, so no tensor has a value for every pair of tokens; the tables have one for
     every pair of blocks (1.7 MB a rule for 118,000 tokens).
 
     Args:

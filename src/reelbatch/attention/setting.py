@@ -13,7 +13,7 @@ from reelbatch.attention.masks import DenseMask
 from reelbatch.attention.rules import RuleMask
 
 Mask = DenseMask | RuleMask | None
-"""What one sample's attention is restricted to, made ready; None is unrestricted."""
+"""What one sample's attention is restricted to, prepared; None is unrestricted."""
 Rows = Float[Tensor, "tokens heads head_dim"]
 Heads = Float[Tensor, "1 heads tokens head_dim"]
 Kind = Literal["none", "keys", "dense", "rules"]
@@ -42,7 +42,7 @@ class Setting(NamedTuple):
     capability: tuple[int, int] | None = None
     """Compute capability of a CUDA device."""
     head_dim: int | None = None
-    """Of queries and keys."""
+    """Head size of queries and keys."""
     value_dim: int | None = None
     learned_mask: bool = False
     """Whether a mask tensor gets a gradient."""

@@ -14,7 +14,7 @@ __all__ = ["app", "generate", "job", "main", "model_info", "plan", "train", "tun
 
 def main() -> None:
     """Runs the command line; every error is a line for the person, or a traceback with REELBATCH_DEBUG=1."""
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(INTERRUPTED))  # where a command has no better way to stop
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(INTERRUPTED))  # where a command does not stop by itself
     try:
         app()
     except Exception as error:

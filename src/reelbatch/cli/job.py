@@ -104,7 +104,7 @@ def run(
     Every video is a row of the manifest, and is done only once its file is complete: a kill at any moment loses no
     more than the steps that run, and with --checkpoint-every less. The same command goes on; started twice or on
     several machines that see the folder, it shares the work. Ctrl-C saves the running videos' state and stops; a
-    second one stops at once. `job status`, in another terminal, tells how far it is.
+    second one stops at once. `job status`, in another terminal, shows how far it is.
     """
     from reelbatch.jobs.manifest import Manifest
     from reelbatch.jobs.naming import vbench_problems
@@ -163,7 +163,7 @@ def status(
 
 @job.command()
 def retry(
-    ids: Annotated[list[str] | None, typer.Argument(help="Ids of videos, as `job export` tells them.")] = None,
+    ids: Annotated[list[str] | None, typer.Argument(help="Ids of videos, as `job export` lists them.")] = None,
     failed: Annotated[bool, typer.Option("--failed", help="All that failed.")] = False,
     cancelled: Annotated[bool, typer.Option("--cancelled", help="All that were cancelled.")] = False,
     out: Out = Path("out"),
@@ -183,7 +183,7 @@ def retry(
 
 @job.command()
 def cancel(
-    ids: Annotated[list[str], typer.Argument(help="Ids of videos, as `job export` tells them.")],
+    ids: Annotated[list[str], typer.Argument(help="Ids of videos, as `job export` lists them.")],
     out: Out = Path("out"),
     manifest: Url = None,
 ) -> None:

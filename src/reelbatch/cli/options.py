@@ -110,7 +110,7 @@ class EngineOptions:
     batch_size: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Videos that share a step; as `tune` found it, else 8, if not given.", rich_help_panel=ENGINE
+            min=1, help="Videos that share a step; if not given, what `tune` advised, else 8.", rich_help_panel=ENGINE
         ),
     ] = None
     batch_tokens: Annotated[
@@ -129,7 +129,7 @@ class EngineOptions:
     offload: Annotated[
         Literal["none", "component", "block"] | None,
         typer.Option(
-            help="Weights on the device: all; of the component at work; of the blocks at work. As `tune` found it, "
+            help="Weights on the device: all; of the component at work; of the blocks at work. What `tune` advised, "
             "else none, if neither this nor --batch-size is given.",
             rich_help_panel=ENGINE,
         ),

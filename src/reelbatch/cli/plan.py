@@ -65,7 +65,7 @@ def plan(
         from reelbatch.engine.calibrate import calibrate as measure
 
         measure(model, device=device, dtype=dtype)
-    found = answer(
+    result = answer(
         model,
         height=height,
         width=width,
@@ -80,19 +80,19 @@ def plan(
         vae_tiling=vae_tiling,
     )
     if as_json:
-        typer.echo(json.dumps(found.record()))
+        typer.echo(json.dumps(result.record()))
     else:
-        _show_plan(found)
-    raise typer.Exit(0 if found.fits else SOME_FAILED)
+        _show_plan(result)
+    raise typer.Exit(0 if result.fits else SOME_FAILED)
 
 
-def _show_plan(found: Answer) -> None:
+def _show_plan(result: Answer) -> None:
     from rich.table import Table
 
     from reelbatch.memory.estimate import how_far_off
     from reelbatch.tune.plan import LARGEST_BATCH, PHASES
 
-    setup, request = found.setup, found.setup.request
+    setup, request = result.setup, result.setup.request
     title = (
         f"{setup.model.name}: {setup.batch_size} × {request.width}×{request.height}, {request.frames} frames"
         f"{', true CFG' if request.uses_cfg else ''}; {setup.precision}, {setup.isolation}, offload {setup.offload}, "
@@ -101,25 +101,25 @@ def _show_plan(found: Answer) -> None:
     table = Table("phase", title=title)
     for column in ("weights GiB", "activations GiB", "estimated peak GiB"):
         table.add_column(column, justify="right")
-    for phase, total in found.plan.phases.items():
-        sizes = (found.plan.weights[phase], getattr(found.plan, phase), total)
+    for phase, total in result.plan.phases.items():
+        sizes = (result.plan.weights[phase], getattr(result.plan, phase), total)
         table.add_row(PHASES[phase], *(f"{size / 2**30:.2f}" for size in sizes))
     answer = Console()
 
-    def tell(text: str, style: str | None = None) -> None:
+    def show(text: str, style: str | None = None) -> None:
         answer.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
     answer.print(table)
     if setup.held:
-        tell(f"besides, this process holds {setup.held / 2**30:.2f} GiB before a model is loaded")
-    tell(found.verdict, None if found.fits else "red")
-    for number, remedy in enumerate(found.remedies):
+        show(f"besides, this process holds {setup.held / 2**30:.2f} GiB before a model is loaded")
+    show(result.verdict, None if result.fits else "red")
+    for number, remedy in enumerate(result.remedies):
         start = "what would make it fit, the cheapest first: " if number == 0 else "  or: "
-        tell(f"{start}{', '.join(remedy.changes)} (estimated peak {remedy.peak / 2**30:.2f} GiB)")
-    if not found.fits and not found.remedies:
-        tell("no smaller batch, dtype, offload or VAE tiling makes it fit: make it smaller or shorter")
-    most = f"{found.largest_batch}{' or more' if found.largest_batch == LARGEST_BATCH else ''}"
-    tell(f"largest batch that fits as it is set: {most if found.largest_batch else 'none'}")
-    if found.calibrated:
-        tell(found.calibrated)
-    tell(how_far_off(setup.model.device))
+        show(f"{start}{', '.join(remedy.changes)} (estimated peak {remedy.peak / 2**30:.2f} GiB)")
+    if not result.fits and not result.remedies:
+        show("no smaller batch, dtype, offload or VAE tiling makes it fit: make it smaller or shorter")
+    most = f"{result.largest_batch}{' or more' if result.largest_batch == LARGEST_BATCH else ''}"
+    show(f"largest batch that fits as it is set: {most if result.largest_batch else 'none'}")
+    if result.calibrated:
+        show(result.calibrated)
+    show(how_far_off(setup.model.device))

@@ -53,7 +53,7 @@ def score(
     """Makes a clip of every caption, with its place in the list as seed, and reads it back.
 
     Args:
-        known: the shapes that the reader tells apart.
+        known: the shapes that the reader chooses from.
     """
     requests = [VideoRequest(prompt=caption, seed=seed, **fields) for seed, (_, caption) in enumerate(asked)]
     right = dict.fromkeys(shapes.ATTRIBUTES, 0)

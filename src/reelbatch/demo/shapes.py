@@ -7,7 +7,7 @@ generated, and says which scene is in it, by plain image processing. Clips are `
 
 Every length below is in pixels of a picture whose shorter side is 64; other sizes scale with that side.
 The floor is not decoration: the VAE's group norms erase the brightness of a nearly uniform picture, so every
-scene carries a fixed contrast that tells its background apart.
+scene carries a fixed contrast by which its background is recognised.
 """
 
 from __future__ import annotations
@@ -261,7 +261,7 @@ def _read_motion(centers: NDArray[np.float64], scale: float) -> str:
 
 
 def read(clip: Clip, known: tuple[str, ...] = SHAPES) -> Attributes:
-    """What a clip `uint8 [frames, height, width, 3]` shows; `known`: the shapes that are told apart.
+    """What a clip `uint8 [frames, height, width, 3]` shows; `known`: the shapes to choose from.
 
     The background is read along the edge, the shape's colour from the pixels farthest from it, the shape and its
     size by the best overlap with a drawn one of the same centre of mass, the motion from how that centre moves.

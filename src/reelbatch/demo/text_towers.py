@@ -1,4 +1,4 @@
-"""The bundled model's text encoders: a Llama taught to write captions, a CLIP taught to tell what they ask for."""
+"""The bundled model's text encoders: a Llama trained to write captions, a CLIP to classify what they ask for."""
 
 from __future__ import annotations
 

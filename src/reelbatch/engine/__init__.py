@@ -1,1 +1,1 @@
-"""Turns requests into videos: samples on their way, the schedule they follow, and the loop that moves them."""
+"""Turns requests into videos: samples in progress, the schedule they follow, and the loop that moves them."""

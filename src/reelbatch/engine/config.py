@@ -1,4 +1,4 @@
-"""EngineConfig: how an engine is opened and runs, as one object that can be written down and sent elsewhere."""
+"""EngineConfig: how an engine is opened and runs, as one object that can be saved and sent elsewhere."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class EngineConfig:
         offload: which weights are on the device: "none" waits elsewhere; "component", those of the component at work;
             "block", of networks of blocks those of the block at work. Videos are the same to the bit.
         lora: LoRA files that act on the transformer, each with its scale.
-        keep_pixels: whether a video fails, rather than be decoded in a way that changes its pixels, when memory runs
-            out and nothing else helps.
+        keep_pixels: whether a video fails, rather than take a fallback that changes its pixels, when memory runs out
+            and nothing else helps.
         decode_beside: finished samples that may be decoded beside the next steps, in a thread; 0 decodes them between
             the steps, as does a memory limit, whose estimates know one phase at a time. None: 2, but 0 on the CPU,
             where the same cores do both.

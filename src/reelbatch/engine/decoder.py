@@ -115,7 +115,7 @@ class Decoder:
             return error
 
     def _here(self, sample: Sample, last: bool) -> Decoded:
-        """In the engine's thread, in other ways where memory runs out: what changes pixels comes last, and only where
+        """In the engine's thread, with fallbacks where memory runs out: what changes pixels comes last, and only where
         no other sample holds memory."""
         own = self.family.tile_side(sample.request)
         side = own

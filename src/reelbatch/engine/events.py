@@ -44,10 +44,10 @@ class Worked:
 
 @dataclass(frozen=True)
 class FellBack:
-    """Memory ran out, and the work was tried again in another way.
+    """Memory ran out, and the work was tried again with a fallback.
 
     Attributes:
-        what: the work. how: the other way, as the end of "tried again …".
+        what: the work. how: the fallback, as the end of "tried again …".
     """
 
     what: str

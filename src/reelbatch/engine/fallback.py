@@ -77,12 +77,12 @@ class StepResult:
 
 
 class Fallback:
-    """Does a runner's work, and does it in other ways where memory runs out.
+    """Does a runner's work, with fallbacks where memory runs out.
 
     Args:
-        planner: is told which batches ran out.
+        planner: learns which batches ran out.
         gauge: measures the peak of each piece of work, if given.
-        keep_pixels: whether a request fails rather than be done in a way that changes its pixels.
+        keep_pixels: whether a request fails rather than take a fallback that changes its pixels.
         wait: returns when nothing else works on the device.
     """
 
@@ -116,7 +116,7 @@ class Fallback:
         return StepResult(outcomes, self.done("step", [sample.id for sample in samples], started))
 
     def reliefs(self, phase: Phase) -> list[Relief]:
-        """Of the placement: those that keep the video's bits, and the others where they are allowed."""
+        """The placement's reliefs: those that keep the video's bits, and the others where they are allowed."""
         reliefs = self.runner.model.placement.reliefs(phase)
         return [relief for relief in reliefs if relief.exact or not self.keep_pixels]
 
@@ -146,8 +146,8 @@ class Fallback:
             ) from None
 
     def _velocities(self, samples: list[Sample]) -> list[list[Tensor] | Exception]:
-        """Of samples that share a forward: what fails is tried again in halves, until the sample that cannot be
-        computed stands alone."""
+        """Velocities of samples that share a forward. What fails is tried again in halves, until the sample that cannot
+        be computed stands alone."""
         if len(samples) == 1:
             return [self._velocities_alone(samples[0])]
         try:

@@ -15,12 +15,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Schedule:
-    """The way from noise (sigma 1) to a video (sigma 0)."""
+    """The noise levels from noise (sigma 1) to a video (sigma 0)."""
 
     sigmas: Float[Tensor, " steps_plus_one"]
     """fp32, from 1 down to the 0 that ends the last step."""
     timesteps: Float[Tensor, " steps"]
-    """What the network is told: sigma × 1000."""
+    """The network's input: sigma × 1000."""
 
     @property
     def steps(self) -> int:

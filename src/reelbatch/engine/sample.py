@@ -1,4 +1,4 @@
-"""Sample: one video on its way from noise to latents."""
+"""Sample: one video between noise and latents."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from reelbatch.engine.flow import Schedule
 from reelbatch.request import VideoRequest
 
 GENERATOR_BITS = 32
-"""Of a seed, PyTorch's CPU generator looks at so many bits."""
+"""Bits of a seed that PyTorch's CPU generator reads."""
 
 
 def draw_noise(seed: int, shape: tuple[int, ...]) -> Float[Tensor, "channels frames height width"]:
     """The request's own noise, drawn on the CPU in fp32, so that a seed means the same on every device.
 
-    Seeds of 32 bits give PyTorch's noise, as in Diffusers. That generator does not tell 5 from 5 + 2³²; noise of larger
-    seeds is drawn by NumPy's Philox, whose key has all 64 bits.
+    Seeds of 32 bits give PyTorch's noise, as in Diffusers. For that generator 5 and 5 + 2³² are one seed; noise of
+    larger seeds is drawn by NumPy's Philox, whose key has all 64 bits.
     """
     if seed >> GENERATOR_BITS == 0:
         return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32)
@@ -58,7 +58,7 @@ class SavedState:
 
 @dataclass(frozen=True)
 class Sample:
-    """One video on its way. A step gives a new sample and leaves this one as it was.
+    """One video in progress. A step gives a new sample and leaves this one as it was.
 
     Attributes:
         request: what was asked, with the model's defaults filled in.

@@ -1,6 +1,6 @@
 """Scheduler: who waits, who shares the next step, who has ended. The only place where a request changes its state.
 
-A request is at every moment in exactly one state, whatever raises: a change is one assignment, made once its cause has
+A request is at every moment in exactly one state, whatever raises: a change is one assignment, once its cause has
 succeeded. Requests may be added and cancelled from any thread; all else is the engine's own thread's.
 """
 

@@ -35,7 +35,7 @@ class Heartbeat:
         try:
             self.manifest.leave(self.owner)
         except ManifestError as error:
-            log.warning("%s", error)  # an error that is on its way says more
+            log.warning("%s", error)  # an error that is to be raised says more
 
     def _beat(self) -> None:
         while not self._stop.wait(BEAT_SECONDS):

@@ -51,7 +51,7 @@ class Outlook:
     """What a job will take.
 
     Attributes:
-        videos, prompts: in all. kept: made already. batches: for the rest.
+        videos, prompts: in all. kept: there already. batches: for the rest.
         seconds: None where nothing was measured.
         time_from, disk_from: what the estimate was made from, in words.
     """

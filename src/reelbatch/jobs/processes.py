@@ -1,4 +1,4 @@
-"""What tells a process from others: on this machine, and whether it still runs."""
+"""How a process is identified: on this machine, and whether it still runs."""
 
 from __future__ import annotations
 

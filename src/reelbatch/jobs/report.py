@@ -52,7 +52,7 @@ def write_report(
         jobs: whose settings are shown; a command line under "command" in them can be copied.
         rows: the videos, in any state.
         title: the folder's name by default.
-        when: the moment that the page tells of; now by default.
+        when: the moment that the page describes; now by default.
 
     Raises:
         OSError: if the folder cannot be written to; an earlier report is then still whole.

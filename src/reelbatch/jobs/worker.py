@@ -1,7 +1,7 @@
 """A worker: an engine makes the videos that a manifest asks for, and a thread beside it writes them.
 
 What a kill leaves is put right at the next start: a row that was claimed waits again, a file that has its final name is
-whole and is adopted, and what was written aside by a dead process is removed.
+whole and is adopted, and the unfinished files of a dead process are removed.
 """
 
 from __future__ import annotations
@@ -272,7 +272,7 @@ class Worker:
         return self.folder / OWN_FOLDER / owner
 
     def _clear_away(self) -> None:
-        """What processes that are no more have written aside."""
+        """Unfinished files of processes that are no more."""
         left = {path.name for path in (self.folder / OWN_FOLDER).glob("*/")} - {self.states.folder.name}
         for owner in left - self.manifest.processes():
             shutil.rmtree(self._own_folder(owner), ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What tells the weights of one model folder from those of another."""
+"""A hash that identifies the weights of a model folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PIECES, PIECE_BYTES = 16, 2**16
 def weights_hash(folder: Path) -> str:
     """SHA-256 over all configurations, and over the names, sizes, first and evenly spread bytes of the weight files.
 
-    Other weights of the same shape differ almost everywhere, so the pieces tell them apart.
+    Other weights of the same shape differ almost everywhere, so the pieces differ.
     """
     digest = hashlib.sha256()
     for component in sorted(CLASSES):

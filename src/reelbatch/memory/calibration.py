@@ -45,7 +45,7 @@ class Calibration(BaseModel):
     """Corrections for an identity, and the errors of the uncorrected estimates (over measured, less 1).
 
     Attributes:
-        estimates: how those were made that it corrects; files without it are of a time of fitted formulas.
+        estimates: how those that it corrects were made; files without it are of a time of fitted formulas.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -68,7 +68,7 @@ class Calibration(BaseModel):
         return f"corrected by {len(self.errors['step'])} small videos measured here on {self.measured}"
 
 
-class Found(NamedTuple):
+class Stored(NamedTuple):
     """A stored calibration that fits, or None and why the one that is there does not."""
 
     calibration: Calibration | None = None
@@ -85,20 +85,20 @@ def fit(pairs: Sequence[tuple[int, int]]) -> Correction:
     return Correction(scale=scale, offset=round(max(y - scale * x for x, y in pairs)))
 
 
-def find(wanted: Identity) -> Found:
+def find(wanted: Identity) -> Stored:
     """The stored calibration of a model on a device that is here."""
     try:
         text = _path(wanted).read_text(encoding="utf-8")
     except OSError:
-        return Found()
+        return Stored()
     try:
         calibration = Calibration.model_validate_json(text)
     except ValueError:
-        return Found(None, f"{_path(wanted).name} is damaged or of another version")
+        return Stored(None, f"{_path(wanted).name} is damaged or of another version")
     if calibration.estimates != ESTIMATES:
-        return Found(None, "it corrects the estimates of an earlier version, which were made in another way")
+        return Stored(None, "it corrects the estimates of an earlier version, which were computed differently")
     differences = calibration.identity.differences(wanted)
-    return Found(None, "; ".join(differences)) if differences else Found(calibration)
+    return Stored(None, "; ".join(differences)) if differences else Stored(calibration)
 
 
 def store(calibration: Calibration) -> Path:

@@ -58,7 +58,7 @@ def offloads(device: torch.device, int8: bool = False) -> list[Offload]:
 
 
 class Relief(NamedTuple):
-    """A way to work with less memory on the device.
+    """Something that lets work go on with less memory on the device.
 
     Attributes:
         what: it, as the end of "tried again …".
@@ -204,18 +204,18 @@ class Placement:
     def reliefs(self, phase: Phase) -> list[Relief]:
         """What can be done for a phase that runs out of memory, the cheapest first: by where weights can go, and
         whether there is a slower device to compute on."""
-        found = []
+        reliefs = []
         others = [other for other in PHASES if other != phase]
         away = "the CPU" if self.device.type != "cpu" else "disk"
         if self.device.type != "cpu" or self.storable:
             if self.offload == "none" and any(part.phase != phase for part in self._parts):
                 what = f"with the other networks moved to {away}"
-                found.append(Relief(what, lambda: self.evicted(*others)))
+                reliefs.append(Relief(what, lambda: self.evicted(*others)))
             if self.offload != "block" and any(part.blockwise for part in self._of(phase)):
-                found.append(Relief("with weights that come block by block", lambda: self.block_by_block(phase)))
+                reliefs.append(Relief("with weights that come block by block", lambda: self.block_by_block(phase)))
         if self.device.type != "cpu" and phase != "step":
-            found.append(Relief("on the CPU", lambda: self.on_cpu(phase), exact=False))
-        return found
+            reliefs.append(Relief("on the CPU", lambda: self.on_cpu(phase), exact=False))
+        return reliefs
 
     @contextmanager
     def evicted(self, *phases: Phase) -> Iterator[None]:

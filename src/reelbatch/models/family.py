@@ -28,13 +28,13 @@ Branch = Any
 
 
 class Conditioning(Protocol):
-    """What the transformer is given of a request besides latents and timestep, encoded once. Never written into."""
+    """What the transformer is given of a request besides latents and timestep, encoded once. Never changed."""
 
     def to(self, device: torch.device) -> Self: ...
 
 
 class SampleView(Protocol):
-    """What a family may see of a sample on its way."""
+    """What a family may see of a sample."""
 
     @property
     def request(self) -> VideoRequest: ...

@@ -25,6 +25,12 @@ from reelbatch.ragged import Lengths
 from reelbatch.tracing import cached
 
 NORM_EPS = 1e-6
+Rows = Float[Tensor, "tokens dim"]
+VideoRows = Float[Tensor, "video_tokens dim"]
+TextRows = Float[Tensor, "text_tokens dim"]
+Parts = Float[Tensor, "parts dim"]
+Conditions = Float[Tensor, "padded_branches dim"]
+"""A row for each branch, and rows to ignore: padded once, no modulation is too small a product (`linear`)."""
 
 # --------------------------------------------------------------------------------------------------
 # What goes through the network
@@ -58,7 +64,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Attending:
-    """How the branches of a pack attend: the mask of each, made ready once for all layers, and the backend."""
+    """How the branches of a pack attend: the mask of each, prepared once for all layers, and the backend."""
 
     masks: tuple[Mask, ...] | None = None
     backend: str = AUTO
@@ -71,10 +77,9 @@ class Attending:
 class TwoStreams:
     """A pack in the dual-stream blocks: video rows `[v1 v2 …]` and text rows `[t1 t2 …]`."""
 
-    video: Float[Tensor, "video_tokens dim"]
-    text: Float[Tensor, "text_tokens dim"]
-    condition: Float[Tensor, "padded_branches dim"]
-    """A row for each branch, and rows to ignore: padded once, no modulation is too small a product (`linear`)."""
+    video: VideoRows
+    text: TextRows
+    condition: Conditions
     part_condition: Float[Tensor, "padded_parts dim"]
     """A row for each run of rows that share a modulation (`Layout.video_parts`); `condition` itself where that is a
     branch."""
@@ -93,12 +98,17 @@ class Modulation(nn.Module):
         super().__init__()
         self.linear = nn.Linear(dim, vectors * dim)
 
-    def forward(self, condition: Float[Tensor, "padded_branches dim"]) -> tuple[Tensor, ...]:
+    def forward(self, condition: Conditions) -> tuple[Conditions, ...]:
         return self.linear(condition).split(condition.shape[-1], dim=-1)
 
 
-def modulated_norm(rows: Tensor, lengths: Lengths, shift: Tensor, scale: Tensor) -> Tensor:
-    """`LayerNorm(rows) * (1 + scale) + shift`, the sample's scale and shift serving as the norm's own affine."""
+def modulated_norm(rows: Rows, lengths: Lengths, shift: Parts, scale: Parts) -> Rows:
+    """`LayerNorm(rows) * (1 + scale) + shift`, the part's scale and shift serving as the norm's own affine.
+
+    Args:
+        lengths: rows of each part, that is of a sample, or of its first frame and of its rest. `shift` and `scale` may
+            have further rows after the parts' own, which are ignored.
+    """
 
     def norm(part: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.layer_norm(part, part.shape[-1:], weight, bias, NORM_EPS)
@@ -106,13 +116,15 @@ def modulated_norm(rows: Tensor, lengths: Lengths, shift: Tensor, scale: Tensor)
     return ragged.map_samples(norm, rows, lengths, 1 + scale, shift)
 
 
-def gated_residual(rows: Tensor, lengths: Lengths, gate: Tensor, update: Tensor) -> Tensor:
-    """`rows + gate * update`, with one gate a sample."""
+def gated_residual(rows: Rows, lengths: Lengths, gate: Parts, update: Rows) -> Rows:
+    """`rows + gate * update`, with one gate a part; `lengths` and `gate` are as for `modulated_norm`."""
     updates = iter(ragged.split(update, lengths))
     return ragged.map_samples(lambda part, g: torch.addcmul(part, g, next(updates)), rows, lengths, gate)
 
 
-def rotate_video_(rows: Float[Tensor, "tokens heads head_dim"], starts: Lengths, layout: Layout) -> Tensor:
+def rotate_video_(
+    rows: Float[Tensor, "tokens heads head_dim"], starts: Lengths, layout: Layout
+) -> Float[Tensor, "tokens heads head_dim"]:
     """Rotary embedding of the video rows, in place where the dtype allows; text rows stay as they are.
 
     As the reference, it is computed in fp32 for half-precision rows.
@@ -161,7 +173,7 @@ def make_layout(
     device: torch.device,
     first_frame_apart: bool = False,
 ) -> Layout:
-    """The layout of a pack of these shapes; made once, it serves every layer of every step."""
+    """The layout of a pack of these shapes; computed once, it serves every layer of every step."""
 
     def parts(lengths: Lengths) -> Lengths:
         if not first_frame_apart:
@@ -228,6 +240,8 @@ class RefinerAttention(Projections):
 
 
 class RefinerBlock(nn.Module):
+    """Self-attention and feed-forward over each text's own tokens, each update gated by the condition."""
+
     def __init__(self, heads: int, head_dim: int, mlp_ratio: float) -> None:
         super().__init__()
         dim = heads * head_dim
@@ -237,18 +251,20 @@ class RefinerBlock(nn.Module):
         self.ff = FeedForward(dim, mult=mlp_ratio, activation_fn="linear-silu")
         self.norm_out = Modulation(dim, 2)
 
-    def forward(self, rows: Tensor, lengths: Lengths, condition: Tensor) -> Tensor:
+    def forward(self, rows: TextRows, lengths: Lengths, condition: Conditions) -> TextRows:
         gate_msa, gate_mlp = self.norm_out(condition)
         rows = gated_residual(rows, lengths, gate_msa, self.attn(self.norm1(rows), lengths))
         return gated_residual(rows, lengths, gate_mlp, linear(self.ff, self.norm2(rows)))
 
 
 class Refiner(nn.Module):
+    """The refiner's blocks, in order. A module of its own, so that parameters are named as in Diffusers."""
+
     def __init__(self, heads: int, head_dim: int, layers: int, mlp_ratio: float) -> None:
         super().__init__()
         self.refiner_blocks = nn.ModuleList([RefinerBlock(heads, head_dim, mlp_ratio) for _ in range(layers)])
 
-    def forward(self, rows: Tensor, lengths: Lengths, condition: Tensor) -> Tensor:
+    def forward(self, rows: TextRows, lengths: Lengths, condition: Conditions) -> TextRows:
         for block in self.refiner_blocks:
             rows = block(rows, lengths, condition)
         return rows
@@ -312,8 +328,10 @@ class JointAttention(Projections):
             self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
             self.to_add_out = nn.Linear(dim, dim)
 
-    def two_streams(self, video: Tensor, text: Tensor, layout: Layout, attend: Attending) -> tuple[Tensor, Tensor]:
-        """Video and text attend together, each projected by its own weights."""
+    def two_streams(
+        self, video: VideoRows, text: TextRows, layout: Layout, attend: Attending
+    ) -> tuple[VideoRows, TextRows]:
+        """Updates of video and text, which attend together, each projected by its own weights."""
         starts = _starts(layout.video)
         query = rotate_video_(self.norm_q(self._heads(linear(self.to_q, video))), starts, layout)
         key = rotate_video_(self.norm_k(self._heads(linear(self.to_k, video))), starts, layout)
@@ -331,8 +349,8 @@ class JointAttention(Projections):
         video, text = ragged.separate(attended, layout.video, layout.text)
         return linear(self.to_out[0], video), linear(self.to_add_out, text)
 
-    def one_stream(self, tokens: Tensor, layout: Layout, attend: Attending) -> Tensor:
-        """The joint sequence attends to itself; the output projection is the block's own."""
+    def one_stream(self, tokens: Rows, layout: Layout, attend: Attending) -> Rows:
+        """The joint sequence `[v1 t1 v2 t2 …]` attends to itself; the output projection is the block's own."""
         starts = _starts(layout.joint)
         query = rotate_video_(self.norm_q(self._heads(linear(self.to_q, tokens))), starts, layout)
         key = rotate_video_(self.norm_k(self._heads(linear(self.to_k, tokens))), starts, layout)

@@ -1,7 +1,7 @@
 """Linear layers whose result does not depend on where their weights and inputs lie in memory.
 
 On a CPU, PyTorch hands fp32 products to a matrix library that chooses its kernel by shape and by address. Measured
-(`benchmarks/bits.py`) with MKL on AMD EPYC: where a thread has 1 row, the last bits depend on the address of the
+with MKL on AMD EPYC: where a thread has 1 row, the last bits depend on the address of the
 weights, and where it has 2 or 3, on that of the input. The same weights lie elsewhere when they come from disk, so
 products that small are padded with zero rows. Products in bfloat16 and float16 depend on no address.
 """

@@ -14,7 +14,7 @@ Undo = Callable[[], None]
 
 
 class CannotRepair(ValueError):
-    """The repair does not fit what it found. Nothing has been changed."""
+    """The repair does not fit this pipeline or this version of Diffusers. Nothing has been changed."""
 
 
 @dataclass(frozen=True)

@@ -155,23 +155,23 @@ def faults(pipe: Any) -> list[Fix]:
     Args:
         pipe: a `HunyuanVideoPipeline`; its transformer may be None.
     """
-    found = []
+    fixes = []
     transformer = pipe.transformer
     if transformer is not None and is_compiled_module(transformer):
         transformer = transformer._orig_mod
     if transformer is not None and not isinstance(transformer, ours.HunyuanVideoTransformer3DModel):
-        found.append(
+        fixes.append(
             Fix(
                 fault="The transformer computes padded text in all its blocks, always passes an attention mask, which "
                 "keeps the flash kernel away, and counts real text tokens from the left, so a left-padded mask lets "
                 "padding in.",
-                cure="Each sample runs with its own text tokens alone, found by position, and no mask.",
+                cure="Each sample runs with its own text tokens alone, read by position, and no mask.",
                 part=transformer,
                 apply=partial(_repair_transformer, transformer),
             )
         )
     if not isinstance(pipe, BatchedPipeline):
-        found.append(
+        fixes.append(
             Fix(
                 fault="prompt_2 is ignored; prompt_embeds fail with num_videos_per_prompt above 1, or without their "
                 "mask; a list of guidance scales is refused; one negative prompt for several prompts fails; texts are "
@@ -183,7 +183,7 @@ def faults(pipe: Any) -> list[Fix]:
                 apply=partial(_repair_pipeline, pipe),
             )
         )
-    return found
+    return fixes
 
 
 # --------------------------------------------------------------------------------------------------
@@ -217,7 +217,7 @@ def _restore_transformer(transformer: Any, undo: Undo) -> None:
 
 def _stand_ins_of(transformer: nn.Module) -> list[tuple[str, nn.Module, type]]:
     """Name, module and new class of every module whose class changes."""
-    found = []
+    stand_ins = []
     for name, module in transformer.named_modules():
         their = next((kind for kind in (*STAND_INS, attention_processor.Attention) if isinstance(module, kind)), None)
         if their is None:
@@ -226,10 +226,10 @@ def _stand_ins_of(transformer: nn.Module) -> list[tuple[str, nn.Module, type]]:
             raise CannotRepair(f"{name} is a {_class_name(module)}, not a {their.__name__}. Nothing was changed.")
         if their is attention_processor.Attention:
             attention = REFINER_ATTENTION if name.startswith("context_embedder.") else JOINT_ATTENTION
-            found.append((name, module, attention))
+            stand_ins.append((name, module, attention))
         else:
-            found.append((name, module, STAND_INS[their]))
-    return found
+            stand_ins.append((name, module, STAND_INS[their]))
+    return stand_ins
 
 
 def _class_name(instance: object) -> str:

@@ -1,11 +1,12 @@
-"""HunyuanVideo 1.5 of Diffusers, repaired: every sample of a batch is the one that it would have been alone.
+"""HunyuanVideo 1.5 of Diffusers, repaired: every sample of a batch is the one that it would have been alone,
+to rounding.
 
 The faults are those of Diffusers 0.42.1, in models/transformers/transformer_hunyuan_video15.py,
 models/autoencoders/autoencoder_kl_hunyuanvideo15.py and pipelines/hunyuan_video1_5/.
 
 Text and image tokens of a sample reach the blocks as `[valid | padding]`, padded to the longest of the batch. What a
-block takes for its `attention_mask` is then no mask but the samples' numbers of valid tokens, Python integers found
-out once a forward. No valid token ever attends to padding, so what becomes of padding is of no account.
+block takes for its `attention_mask` is then no mask but the samples' numbers of valid tokens, Python integers
+counted once a forward. No valid token ever attends to padding, so what becomes of padding is of no account.
 """
 
 from __future__ import annotations
@@ -79,9 +80,9 @@ def faults(pipe: Any) -> list[Fix]:
         pipe: a `HunyuanVideo15Pipeline` or `HunyuanVideo15ImageToVideoPipeline`. A component may be None.
     """
     transformer, vae = _original(getattr(pipe, "transformer", None)), _original(getattr(pipe, "vae", None))
-    found = []
+    fixes = []
     if isinstance(transformer, HunyuanVideo15Transformer3DModel) and not isinstance(transformer, PerSampleTransformer):
-        found.append(
+        fixes.append(
             Fix(
                 fault="The transformer decides once for the whole batch whether there is an image, so a text-to-video "
                 "sample changes beside an image-to-video one; it raises where num_videos_per_prompt is above 1; and "
@@ -95,7 +96,7 @@ def faults(pipe: Any) -> list[Fix]:
     if isinstance(vae, AutoencoderKLHunyuanVideo15) and not all(
         isinstance(block, FrameCausalAttnBlock) for block in vae_blocks(vae)
     ):
-        found.append(
+        fixes.append(
             Fix(
                 fault="The VAE raises on encoding or decoding more than one video at a time, and builds a mask of "
                 "tokens × tokens row by row in Python.",
@@ -109,7 +110,7 @@ def faults(pipe: Any) -> list[Fix]:
         (HunyuanVideo15ImageToVideoPipeline, PromptMajorI2V),
     ):
         if isinstance(pipe, pipeline) and not isinstance(pipe, repaired):
-            found.append(
+            fixes.append(
                 Fix(
                     fault="With several prompts and num_videos_per_prompt above 1, videos get the text mask of another "
                     "prompt; one negative prompt for several prompts raises.",
@@ -118,7 +119,7 @@ def faults(pipe: Any) -> list[Fix]:
                     apply=partial(repair_pipeline, pipe, pipeline, repaired),
                 )
             )
-    return found
+    return fixes
 
 
 def _original(module: Any) -> Any:
@@ -348,12 +349,12 @@ def _repair_transformer(transformer: HunyuanVideo15Transformer3DModel) -> Undo:
 
 def _exchange_processor(attn: Attention, expected: type, repaired: type) -> Undo:
     """Give `attn` a `repaired` processor with the settings (such as the attention backend) of the one it had."""
-    found = attn.processor
-    if type(found) is not expected:
+    before = attn.processor
+    if type(before) is not expected:
         raise CannotRepair(
-            f"found the attention processor {type(found).__qualname__} where {expected.__name__} was expected"
+            f"found the attention processor {type(before).__qualname__} where {expected.__name__} was expected"
         )
     processor = repaired()
-    vars(processor).update(vars(found))
+    vars(processor).update(vars(before))
     attn.set_processor(processor)
-    return partial(attn.set_processor, found)
+    return partial(attn.set_processor, before)

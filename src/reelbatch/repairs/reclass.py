@@ -33,9 +33,9 @@ def reclass(instance: Any, new_class: type) -> Undo:
 def reclass_all(changes: Iterable[tuple[Any, type]]) -> Undo:
     """Make each instance one of its new class, a subclass of its class; returns what gives them their old classes back.
 
-    Hooks keep the `forward` that they found, bound to its class, and call it past the new class. So every kept one is
-    exchanged: accelerate's `_old_forward`, the functions of Diffusers' hook registry, and the plain bound `forward`
-    that a removed hook leaves behind. The undo looks for them anew, so hooks may come and go in between.
+    Hooks keep the `forward` that was there before them, bound to its class, and call it past the new class. So every
+    kept one is exchanged: accelerate's `_old_forward`, the functions of Diffusers' hook registry, and the plain bound
+    `forward` that a removed hook leaves behind. The undo looks for them anew, so hooks may come and go in between.
 
     Raises:
         CannotRepair: for an instance of another class than the one that its new class is derived from, and where
@@ -81,7 +81,7 @@ def _forward_places(instance: Any) -> list[tuple[dict[str, Any], str]]:
     return own + [(vars(reference), name) for reference in references for name in ("forward", "original_forward")]
 
 
-def _is_own_forward(found: Any, instance: Any) -> bool:
-    """Whether `found` is the forward of the instance's class, bound to the instance."""
-    bound = isinstance(found, MethodType) and found.__self__ is instance
-    return bound and found.__func__ is type(instance).forward
+def _is_own_forward(forward: Any, instance: Any) -> bool:
+    """Whether `forward` is that of the instance's class, bound to the instance."""
+    bound = isinstance(forward, MethodType) and forward.__self__ is instance
+    return bound and forward.__func__ is type(instance).forward

@@ -47,7 +47,10 @@ class Repaired(NamedTuple):
 
 
 def repair(pipe: Any, isolation: Literal["exact", "packed"] = "exact") -> list[Repaired]:
-    """Makes every video of a batch the one that the pipeline would have made alone, in place.
+    """Makes every video of a batch the one that the pipeline would have given alone, in place.
+
+    Bit for bit for `HunyuanVideoPipeline` in `exact` isolation; to rounding in `packed`, and for the pipelines of
+    HunyuanVideo 1.5 (1.5e-6).
 
     The parameters stay the very same tensors; hooks (offload), LoRA adapters and quantized layers stay on. The pipeline
     is used as before. Pipelines that share a model share its repair: it lasts until the last of them is restored.
@@ -58,9 +61,9 @@ def repair(pipe: Any, isolation: Literal["exact", "packed"] = "exact") -> list[R
 
     Args:
         pipe: a `HunyuanVideoPipeline`, `HunyuanVideo15Pipeline` or `HunyuanVideo15ImageToVideoPipeline`.
-        isolation: of the first HunyuanVideo's pipeline. "exact": everything is computed in the shapes that a video
-            has alone, so it is the same bit for bit; "packed": fewer and larger calls, the same to rounding. Repairing
-            again sets it anew.
+        isolation: for `HunyuanVideoPipeline`; the others have one kind only. "exact": everything is computed in the
+            shapes that a video has alone, so it is the same bit for bit; "packed": fewer and larger calls, the same to
+            rounding. Repairing again sets it anew.
 
     Returns:
         What was done; empty if the pipeline was repaired already.

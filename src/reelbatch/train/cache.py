@@ -1,6 +1,6 @@
-"""Encoded clips and captions, made once and kept on disk.
+"""Encoded clips and captions, computed once and kept on disk.
 
-An entry is a safetensors file, named by a hash of all that it is made from: the bytes of the video file, the rules by
+An entry is a safetensors file, named by a hash of all that it depends on: the bytes of the video file, the rules by
 which it is cut, and what encodes it, with its weights (of a caption: its text and what encodes it). It carries a
 checksum of its tensors, and one that does not pass is made again.
 """

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written aside and renamed, so that what has its name is whole; the last ones are kept."""
+"""Checkpoints of a run: saved under another name and renamed, so that none is half there; the last ones are kept."""
 
 from __future__ import annotations
 

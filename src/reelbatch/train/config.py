@@ -131,7 +131,7 @@ class TrainConfig(BaseModel):
     attention: str = _in(MACHINE, "Attention kernel: auto, or a name that `doctor` shows.", "auto")
 
     out: Path = _in(OUTPUT, "Folder of the run.", Path("out/train"))
-    save_dtype: Literal["float32", "bfloat16", "float16"] = _in(OUTPUT, "Of the weights that are written.", "float32")
+    save_dtype: Literal["float32", "bfloat16", "float16"] = _in(OUTPUT, "Dtype of the saved weights.", "float32")
     save_every: int = _in(OUTPUT, "Steps between checkpoints; 0: at the end alone.", 500, ge=0)
     keep: int = _in(OUTPUT, "Checkpoints that are kept.", 2, ge=1)
     resume: str | None = _in(OUTPUT, "A checkpoint's folder, or auto for the last one of --out.", None)

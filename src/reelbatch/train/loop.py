@@ -262,7 +262,7 @@ class Run:
         norm = float(
             accelerator.clip_grad_norm_(self.weights.parameters.values(), self.config.max_grad_norm or math.inf)
         )
-        # loss scaling skips steps until it has found its scale; below 1 it is not the scale that overflows
+        # loss scaling skips steps until its scale fits; below 1 it is not the scale that overflows
         if not math.isfinite(norm) and (scaler is None or scaler.get_scale() < 1):
             raise self._not_finite("gradient", numbers)
         self.optimizer.step()

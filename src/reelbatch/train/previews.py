@@ -1,4 +1,4 @@
-"""Videos of the sample prompts, made while a run trains, to look at."""
+"""Videos of the sample prompts while a run trains, to look at."""
 
 from __future__ import annotations
 

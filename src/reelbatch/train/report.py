@@ -1,4 +1,4 @@
-"""What a run tells: metrics.csv, the loss plot, TensorBoard where it is installed."""
+"""What a run reports: metrics.csv, the loss plot, TensorBoard where it is installed."""
 
 from __future__ import annotations
 

@@ -264,7 +264,7 @@ def remedies(setup: Setup, available: int) -> list[Remedy]:
     Cheap is what costs little time and leaves the videos nearly as they are: VAE tiles, a smaller batch, offloading
     what is not at work, a dtype of fewer bytes, offloading block by block.
     """
-    found: list[tuple[int, frozenset[str], Remedy]] = []
+    candidates: list[tuple[int, frozenset[str], Remedy]] = []
     for changes in sorted(_combinations(setup), key=lambda changes: sum(rank for rank, _, _ in changes)):
         changed = setup
         for _, _, change in changes:
@@ -278,9 +278,9 @@ def remedies(setup: Setup, available: int) -> list[Remedy]:
             cost += SMALLER_BATCH
             names.append(f"--batch-size {largest}")
         kinds = frozenset(name.split()[0] for name in names)
-        found.append((cost, kinds, Remedy(tuple(names), changed.peak())))
-    found.sort(key=lambda one: one[0])
-    needed = [one for i, one in enumerate(found) if not any(kinds <= one[1] for _, kinds, _ in found[:i])]
+        candidates.append((cost, kinds, Remedy(tuple(names), changed.peak())))
+    candidates.sort(key=lambda one: one[0])
+    needed = [one for i, one in enumerate(candidates) if not any(kinds <= one[1] for _, kinds, _ in candidates[:i])]
     return [remedy for _, _, remedy in needed]
 
 

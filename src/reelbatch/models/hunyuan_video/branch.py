@@ -1,4 +1,4 @@
-"""Branch: what a transformer is told of one sample."""
+"""Branch: the transformer's input for one sample."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from reelbatch.attention import HeadRules
 
 @dataclass(frozen=True)
 class Branch:
-    """What the network is told of one sample, or of one guidance branch (conditional, unconditional) of it.
+    """The network's input for one sample, or for one guidance branch (conditional, unconditional) of it.
 
     Everything may differ from one branch to the next; no dimension is shared. All tensors are on the model's device.
     """

@@ -55,7 +55,7 @@ def branches_of(
     tokens = video[0] * video[1] * video[2]
     masks = _masks(kwargs, count, heads, tokens, text.shape[1], positions)
     return [
-        # a copy: a matrix library may choose its way by alignment, and alone a sample owns its memory
+        # a copy: a matrix library may choose its kernel by alignment, and alone a sample owns its memory
         Branch(
             latents=latents[sample].clone(),
             text=rows["encoder_hidden_states"][sample].index_select(0, positions[sample]),
@@ -121,7 +121,7 @@ def _masks(
 
 
 def _joint_masks(mask: Tensor, axes: str | None, sizes: Sizes, video: int, positions: Sequence[Tensor]) -> list[Tensor]:
-    """Of a mask over `[video | padded text]`, each sample's own rows and columns: `[1, heads or 1, N or 1, N]`."""
+    """Each sample's own rows and columns of a mask over `[video | padded text]`: `[1, heads or 1, N or 1, N]`."""
 
     def cut() -> tuple[Sequence[Tensor], list[Tensor]]:
         view = canonical(mask, sizes, axes).expand(sizes.batch, -1, -1, -1)

@@ -169,7 +169,7 @@ class TextEncoder:
         return output.hidden_states[HIDDEN_STATE][0]
 
     def _prefix_keys_values(self) -> tuple[tuple[Tensor, Tensor], ...]:
-        """Of each layer, for the template's beginning; never written into."""
+        """Keys and values of each layer for the template's beginning, `[1, heads, tokens, head_dim]`; never changed."""
         cache = DynamicCache(config=self.llama.config)
         self._llama_states(self._prefix_ids, cache)
         return tuple((layer.keys, layer.values) for layer in cache.layers)

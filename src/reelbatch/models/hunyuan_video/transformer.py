@@ -67,8 +67,8 @@ class OneStream:
     """A pack in the single-stream blocks: `[v1 t1 v2 t2 …]`."""
 
     tokens: Float[Tensor, "tokens dim"]
-    condition: Float[Tensor, "branches dim"]
-    part_condition: Float[Tensor, "parts dim"]
+    condition: Float[Tensor, "padded_branches dim"]
+    part_condition: Float[Tensor, "padded_parts dim"]
     layout: Layout
     attend: Attending
 
@@ -103,7 +103,7 @@ class ConditionEmbedding(nn.Module):
         return condition + self.text_embedder(pooled)
 
     def of_first_frame(self, pooled: Float[Tensor, "branches pooled_dim"]) -> Float[Tensor, "branches dim"]:
-        """Of a first frame that is given, not denoised: its timestep is 0."""
+        """The condition of a first frame that is given, not denoised: its timestep is 0."""
         timestep = torch.zeros(len(pooled), device=pooled.device)
         return self.timestep_embedder(self.time_proj(timestep).to(pooled.dtype)) + self.text_embedder(pooled)
 

@@ -132,7 +132,8 @@ def use_frame_causal_attention(vae: AutoencoderKLHunyuanVideo) -> AutoencoderKLH
 
 
 TRIM_ABOVE_BYTES = 16 * 2**20
-"""Of a tensor at full size; below, peaks differ little, and trimming would cost more time than that is worth."""
+"""Size of a full-size tensor above which the heap is trimmed; below, peaks differ little, and trimming would cost more
+time than that is worth."""
 
 
 def _trim(upsampler: HunyuanVideoUpsampleCausal3D, inputs: tuple[Tensor, ...]) -> None:

@@ -172,6 +172,8 @@ class Fallback:
             return error
 
     def begin(self) -> float:
+        """Work begins; returns when."""
+        self.runner.model.placement.bring_back()  # what an interrupt, or memory that was short, left elsewhere
         self._fallbacks, self._calls = [], 1
         if self.gauge is not None:
             self.gauge.reset()

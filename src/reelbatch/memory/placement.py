@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from typing import Any, Literal, NamedTuple
@@ -21,7 +22,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from accelerate.utils import send_to_device
 from torch import nn
 
-from reelbatch.device import free_memory, gibibytes
+from reelbatch.device import free_memory, gibibytes, log
 from reelbatch.memory.alignment import align_weights
 from reelbatch.memory.streaming import DiskGroup, groups_of, network_bytes, stop_streaming, stream, streamed_bytes
 from reelbatch.models.family import PHASES, Phase
@@ -126,6 +127,8 @@ class Placement:
         check_offload(self.offload, self.device, not self.storable)
         self._parts: list[_Part] = []
         self._folder: TemporaryDirectory[str] | None = None
+        self._undo: list[Callable[[], object]] = []
+        """Has come back what is elsewhere for a while."""
         if self.offload == "block" and self.device.type == "cpu":
             free = shutil.disk_usage(gettempdir()).free
             if free < self.weight_bytes:
@@ -156,7 +159,8 @@ class Placement:
         if self.offload == "block" and blockwise:
             stream(network, self.device, self._folder_of(name) if self.waits_on_disk else None)
         elif self.waits_on_disk:  # a network used by other methods than `forward` is not seen by group offload
-            part.group = self._on_disk(part)
+            part.group = self._disk_group(part)
+            part.group.offload_()
         if self.waits_on_disk:
             for group in [*groups_of(network), *([part.group] if part.group else [])]:
                 group.cast(dtype)
@@ -218,15 +222,17 @@ class Placement:
     @contextmanager
     def evicted(self, *phases: Phase) -> Iterator[None]:
         """While entered, the weights of these phases' parts, none of which works meanwhile, are not on the device."""
-        with ExitStack() as back:
+        with self._for_a_while():
             for part in self._parts if self.offload == "none" else []:
                 if part.phase not in phases:
                     continue
                 if self.device.type != "cpu":
+                    self._undo.append(partial(part.network.to, self.device))
                     part.network.to(CPU)
-                    back.callback(part.network.to, self.device)
                 else:
-                    back.callback(self._on_disk(part).onload_)
+                    group = self._disk_group(part)
+                    self._undo.append(group.onload_)
+                    group.offload_()
             free_memory()
             yield
 
@@ -236,12 +242,12 @@ class Placement:
         of other phases are not there."""
         back_to = self.device if self.offload == "none" else CPU
         on_disk = self.device.type == "cpu"
-        with self.evicted(*(other for other in PHASES if other != phase)), ExitStack() as back:
+        with self.evicted(*(other for other in PHASES if other != phase)), self._for_a_while():
             if self.offload != "none":
                 self.leave()
             for part in self._of(phase):
                 if part.blockwise and not part.streams:
-                    back.callback(stop_streaming, part.network, back_to)
+                    self._undo.append(partial(stop_streaming, part.network, back_to))
                     folder = self._folder_of(f"{part.name}-streamed") if on_disk else None
                     stream(part.network, self.device, folder, prefetch=False)
             free_memory()
@@ -251,27 +257,44 @@ class Placement:
     def on_cpu(self, phase: Phase) -> Iterator[None]:
         """While entered, this phase's parts compute on the CPU. What comes block by block goes on doing so."""
         parts = [part for part in self._of(phase) if not part.streams]
-        with ExitStack() as back:
+        with self._for_a_while():
             if self.offload != "none":
                 self.leave()
-                back.callback(self.leave)
+                self._undo.append(self.leave)
             for part in parts:
                 if part.hook is None:
+                    self._undo.append(partial(part.network.to, self.device))
                     part.network.to(CPU)
-                    back.callback(part.network.to, self.device)
                 else:
+                    self._undo.append(partial(setattr, part.hook, "execution_device", self.device))
                     part.hook.execution_device = CPU
-                    back.callback(setattr, part.hook, "execution_device", self.device)
             free_memory()
             yield
+
+    @contextmanager
+    def _for_a_while(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            try:
+                self.bring_back()
+            except (OSError, MemoryError, RuntimeError) as error:
+                log.warning("weights that left for a while come back before the next work, not yet: %s", error)
+
+    def bring_back(self) -> None:
+        """Undoes what was done for a while. Where that fails, or is interrupted, the next call goes on."""
+        while self._undo:
+            self._undo[-1]()
+            self._undo.pop()
 
     # -- small parts -------------------------------------------------------------------------------
 
     def _of(self, phase: Phase) -> list[_Part]:
         return [part for part in self._parts if part.phase == phase]
 
-    def _on_disk(self, part: _Part) -> DiskGroup:
-        group = DiskGroup(
+    def _disk_group(self, part: _Part) -> DiskGroup:
+        """Its weights, which can now go to disk."""
+        return DiskGroup(
             modules=[part.network],
             offload_device=CPU,
             onload_device=CPU,
@@ -279,8 +302,6 @@ class Placement:
             offload_to_disk_path=str(self._folder_of(part.name)),
             group_id=part.name,
         )
-        group.offload_()
-        return group
 
     def _folder_of(self, name: str) -> Path:
         """An empty folder on disk, removed with this object or at the end of the process."""

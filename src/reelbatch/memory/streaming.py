@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import mmap
 from collections.abc import Iterator
@@ -39,11 +40,15 @@ class DiskGroup(ModuleGroup):
         if not self._is_offloaded_to_disk:
             super()._offload_to_disk()
         for tensor in self.tensor_to_key:  # where Diffusers would leave as much memory, unwritten
-            tensor.data = torch.empty(1, dtype=tensor.dtype).expand(tensor.shape)
+            # whoever computed with what is not here would see that
+            fill = float("nan") if tensor.is_floating_point() else 0
+            tensor.data = torch.full((1,), fill, dtype=tensor.dtype).expand(tensor.shape)
 
     def _onload_from_disk(self) -> None:
         """Reads into pages of its own, which go back to the system when the weights leave, each weight at an aligned
         address; in a mapped file they are not."""
+        if not self._is_offloaded_to_disk:  # writing them failed: they are here
+            return
         with Path(self.safetensors_file_path).open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
@@ -51,7 +56,8 @@ class DiskGroup(ModuleGroup):
             pages, start = mmap.mmap(-1, max(sum(sizes.values()), 1)), 0
             for key, tensor in self.key_to_tensor.items():
                 file.seek(8 + length + header[key]["data_offsets"][0])
-                file.readinto(memoryview(pages)[start : start + tensor.nbytes])
+                if file.readinto(memoryview(pages)[start : start + tensor.nbytes]) != tensor.nbytes:
+                    raise OSError(errno.EIO, "offloaded weights are cut short", self.safetensors_file_path)
                 if tensor.numel():
                     loaded = torch.frombuffer(pages, dtype=tensor.dtype, count=tensor.numel(), offset=start)
                     tensor.data = loaded.view(tensor.shape)

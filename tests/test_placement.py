@@ -119,6 +119,36 @@ def test_a_disk_that_fills_in_the_middle_leaves_all_weights_as_they_were(
     assert_as_before(model, before)
 
 
+def test_weights_that_cannot_come_back_at_once_give_no_wrong_video_and_come_back_later(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, onload = weights(model), DiskGroup._onload_from_disk
+    (expected,) = Engine(model).generate(requests()[:1])
+    refused: list[object] = []
+
+    def scarce(group: DiskGroup) -> None:
+        if len(refused) < 2:
+            refused.append(group)
+            raise MemoryError("cannot allocate 9 GiB")
+        onload(group)
+
+    monkeypatch.setattr(DiskGroup, "_onload_from_disk", scarce)
+    engine = Engine(model)
+    engine.submit(requests()[0])
+    engine.submit(requests()[1])
+    model.family.forget()
+    with failing(model, "encode", 2, []):  # the text is encoded while the others are on disk, and these do not return
+        ended = engine.step()
+    assert len(refused) == 2
+    ended += engine.run()
+    assert {end.request.id for end in ended} == {"r0", "r1"}
+    for end in ended:  # what was computed meanwhile fails, and is never taken for a video
+        assert not isinstance(end, Video) or end.request.id == "r1" or np.array_equal(end.frames, expected.frames)
+    assert_as_before(model, before)
+    (video,) = Engine(model).generate(requests()[:1])
+    assert np.array_equal(video.frames, expected.frames)
+
+
 def test_what_helps_depends_on_where_weights_can_go(model: Model) -> None:
     def what(placement: Placement, phase: Phase) -> list[str]:
         for name, network in model.family.parts.items():

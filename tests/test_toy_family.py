@@ -97,6 +97,16 @@ def test_everything_in_a_request_shows_in_its_video() -> None:
         Engine(MODEL).submit(base.model_copy(update={"width": 6}))
 
 
+def test_a_step_is_guided_by_both_branches() -> None:
+    """`u + scale (c - u)`, one Euler step from sigma 1 to 0."""
+    conditional, unconditional, guided = (
+        make([request(0, steps=1, **fields)])["r0"].latents
+        for fields in ({}, {"prompt": "bad"}, {"negative_prompt": "bad", "true_cfg": 3.0})
+    )
+    assert conditional is not None and unconditional is not None and guided is not None
+    torch.testing.assert_close(guided, unconditional + 3.0 * (conditional - unconditional), rtol=1e-4, atol=1e-4)
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     requests=BATCHES,

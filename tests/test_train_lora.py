@@ -91,7 +91,7 @@ def test_several_loras_act_together_each_with_its_scale(tmp_path: Path, tiny_fol
     a, b = write(tmp_path / "a.safetensors", 1), write(tmp_path / "b.safetensors", 2)
     found = latents(tiny_folder, [(a, 1.0), (b, -0.5)])
     merged = load(tiny_folder, "cpu")
-    weights = dict(merged.transformer.named_parameters())
+    weights = dict(merged.family.transformer.named_parameters())
     with torch.no_grad():
         for file, scale in ((a, 1.0), (b, -0.5)):
             lora = load_file(file)

@@ -82,7 +82,7 @@ def to_clip(video: Float[Tensor, "3 frames height width"]) -> shapes.Clip:
 
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-"""Of videos and of how far the shape covers their pixels."""
+"""A function of videos and of how far the shape covers their pixels."""
 
 
 def reconstruction_loss(decoded: Tensor, video: Tensor, cover: Float[Tensor, "clips 1 frames height width"]) -> Tensor:

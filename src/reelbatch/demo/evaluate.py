@@ -117,8 +117,8 @@ def main(
         typer.echo(json.dumps({name: {**score.attributes, "all": score.all} for name, score in scores.items()}))
         return
     typer.echo("combinations  " + "  ".join(f"{name:>10}" for name in (*shapes.ATTRIBUTES, "all")))
-    for name, found in scores.items():
-        shares = (*found.attributes.values(), found.all)
+    for name, one in scores.items():
+        shares = (*one.attributes.values(), one.all)
         typer.echo(f"{name:<12}  " + "  ".join(f"{share:>10.1%}" for share in shares))
     typer.echo(
         f"{total:.2%} of all attributes of {count} clips read back as asked ({by}, batch {batch}, {steps} steps)"

@@ -77,7 +77,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Attributes:
-    """What `read` found in a clip; None where nothing could be made out."""
+    """What `read` sees in a clip; None where nothing could be made out."""
 
     color: str | None
     shape: str | None

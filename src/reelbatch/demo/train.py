@@ -47,7 +47,7 @@ ARCHITECTURE: dict[str, Any] = {
     "pooled_projection_dim": text_towers.POOLED_DIM,
     "rope_axes_dim": (8, 20, 20),
 }
-"""Of the transformer."""
+"""The transformer's."""
 FLOW_SHIFT = 3.0
 WHITENED_OVER = 300
 """Clips whose latents are looked at for their mean and variance."""

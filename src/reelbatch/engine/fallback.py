@@ -173,7 +173,7 @@ class Fallback:
 
     def begin(self) -> float:
         """Work begins; returns when."""
-        self.runner.model.placement.bring_back()  # what an interrupt, or memory that was short, left elsewhere
+        self.runner.model.placement.restore()  # what an interrupt, or memory that was short, left elsewhere
         self._fallbacks, self._calls = [], 1
         if self.gauge is not None:
             self.gauge.reset()

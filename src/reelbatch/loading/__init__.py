@@ -1,1 +1,1 @@
-"""Model folders and LoRA files: found, looked into, checked, loaded."""
+"""Model folders and LoRA files: where they are, what they hold, whether they can run, and loading them."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from reelbatch.loading.layout import CLASSES
 
 PIECES, PIECE_BYTES = 16, 2**16
-"""Of each weight file, so many pieces of so many bytes are read for its hash: whole files would take minutes."""
+"""A weight file's hash is of so many of its pieces, of so many bytes each: whole files would take minutes."""
 
 
 def weights_hash(folder: Path) -> str:

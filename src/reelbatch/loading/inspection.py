@@ -224,8 +224,8 @@ class _Reader:
             if not shards:
                 self.problem(index, "lists no files; get it again")
         else:
-            found = ", ".join(sorted(file.name for file in base.parent.iterdir() if file.suffix in {".bin", ".pt"}))
-            besides = f" (there is {found}, but only safetensors are read)" if found else ""
+            others = ", ".join(sorted(file.name for file in base.parent.iterdir() if file.suffix in {".bin", ".pt"}))
+            besides = f" (there is {others}, but only safetensors are read)" if others else ""
             self.problem(single, f"missing{besides}; run the download again")
         for shard, expected in shards.items():
             if not shard.is_file():
@@ -253,9 +253,9 @@ class _Reader:
     def architecture(self, configs: dict[str, dict[str, Any]]) -> None:
         """Whether the components are HunyuanVideo's text-to-video ones and fit together."""
         for name, config in configs.items():
-            found = config.get("_class_name") or next(iter(config.get("architectures") or ()), None)
-            if found not in (None, *CLASSES[name]):
-                self.problem(f"{name}/config.json", f"is of class {found}; expected {CLASSES[name][0]}")
+            class_name = config.get("_class_name") or next(iter(config.get("architectures") or ()), None)
+            if class_name not in (None, *CLASSES[name]):
+                self.problem(f"{name}/config.json", f"is of class {class_name}; expected {CLASSES[name][0]}")
         transformer, scheduler = configs.get("transformer", {}), configs.get("scheduler", {})
         if kind := transformer.get("image_condition_type"):
             self.problem(
@@ -290,9 +290,9 @@ class _Reader:
         try:
             return FolderProfile.model_validate(content)
         except ValidationError as error:
-            for found in error.errors():
-                field = ".".join(str(part) for part in found["loc"])
-                self.problem(path, f"{field}: {found['msg'].removeprefix('Value error, ')}; got {found['input']!r}")
+            for fault in error.errors():
+                field = ".".join(str(part) for part in fault["loc"])
+                self.problem(path, f"{field}: {fault['msg'].removeprefix('Value error, ')}; got {fault['input']!r}")
             return FolderProfile()
 
 

@@ -144,8 +144,8 @@ def _faults(weights: Mapping[str, Tensor], transformer: nn.Module) -> list[str]:
             faults.append(f"unexpected {name}" + (f" (near: {near[0]})" if near else ""))
         else:
             parts.setdefault(layer, {})[suffix] = tensor
-    for layer, found in parts.items():
-        a, b = found.get(SUFFIXES[0]), found.get(SUFFIXES[1])
+    for layer, pair in parts.items():
+        a, b = pair.get(SUFFIXES[0]), pair.get(SUFFIXES[1])
         if a is None or b is None:
             faults.append(f"missing {layer}{SUFFIXES[0] if a is None else SUFFIXES[1]}")
             continue
@@ -161,16 +161,16 @@ def _faults(weights: Mapping[str, Tensor], transformer: nn.Module) -> list[str]:
 
 def _layers(transformer: nn.Module) -> dict[str, tuple[int, int]]:
     """Outputs and inputs of every linear layer and convolution, by name; those of LoRAs beside them are left out."""
-    found = {}
+    sizes = {}
     for name, module in transformer.named_modules():
         if ".lora_" in name:
             continue
         name = name.removesuffix(".base_layer").replace(".base_layer.", ".")
         if isinstance(module, nn.Linear):
-            found[name] = (module.out_features, module.in_features)
+            sizes[name] = (module.out_features, module.in_features)
         elif isinstance(module, nn.Conv3d):
-            found[name] = (module.out_channels, module.in_channels)
-    return found
+            sizes[name] = (module.out_channels, module.in_channels)
+    return sizes
 
 
 def layer_widths(transformer: nn.Module) -> dict[str, int]:
@@ -184,8 +184,8 @@ def lora_weights(
     """A LoRA's weights under PEFT's names, without the network's prefix, on the CPU; of `state`, where one is given."""
     from peft import get_peft_model_state_dict
 
-    found = get_peft_model_state_dict(transformer, state_dict=state, adapter_name=adapter)
-    return {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in found.items()}
+    weights = get_peft_model_state_dict(transformer, state_dict=state, adapter_name=adapter)
+    return {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in weights.items()}
 
 
 def save_lora(
@@ -223,15 +223,15 @@ def convert_file(source: Path, to: Path, form: str, transformer: nn.Module) -> N
         transformer: the network it is for: fused layers are cut and joined by its widths.
 
     Raises:
-        LoraError: for a file that is no LoRA of this network, or that cannot be told in the other form.
+        LoraError: for a file that is no LoRA of this network, or that cannot be expressed in the other form.
     """
     from safetensors.torch import save_file
 
     weights, config = _read(source, transformer)
     if form == "diffusers":
         own = {f"{PREFIX}{name}": value for name, value in config.items()}
-        told = json.dumps(own, indent=2, sort_keys=True)
-        save_file(weights, to, metadata={"format": "pt", LORA_ADAPTER_METADATA_KEY: told})
+        metadata = json.dumps(own, indent=2, sort_keys=True)
+        save_file(weights, to, metadata={"format": "pt", LORA_ADAPTER_METADATA_KEY: metadata})
         return
     try:
         converted = to_kohya(weights, layer_widths(transformer), _alphas(weights, config))
@@ -248,13 +248,13 @@ def _alphas(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[st
     from peft.utils.other import get_pattern_key
 
     patterns = config.get("alpha_pattern") or {}
-    found = {}
+    alphas = {}
     for name, down in weights.items():
         if name.endswith(SUFFIXES[0]):
             layer = _layer(name)
             alpha = float(patterns.get(get_pattern_key(patterns, layer), config["lora_alpha"]))
-            found[layer] = alpha * len(down) ** 0.5 if config.get("use_rslora") else alpha
-    return found
+            alphas[layer] = alpha * len(down) ** 0.5 if config.get("use_rslora") else alpha
+    return alphas
 
 
 def is_kohya(path: Path) -> bool:

@@ -5,8 +5,9 @@
     kohya       lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight      and ….alpha
 
 Tencent's network computes queries, keys and values (and, in its single-stream blocks, the MLP's input) with one layer
-where Diffusers' has one each. One LoRA of the fused layer is several that share their A. The other way, several LoRAs
-become one of the sum of their ranks whose B has them on its diagonal, or of their own rank where they share their A.
+where Diffusers' has one each. One LoRA of the fused layer is several that share their A. In the other direction,
+several LoRAs become one of the sum of their ranks whose B has them on its diagonal, or of their own rank where they
+share their A.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ def to_diffusers(weights: Mapping[str, Tensor], outputs: Mapping[str, int]) -> d
     ours = not kohya and not any(re.match(r"(double|single)_blocks\.|txt_in\.", name) for name in weights)
     if ours:
         return {f"transformer.{name}": tensor for name, tensor in weights.items()}
-    found: dict[str, Tensor] = {}
+    renamed: dict[str, Tensor] = {}
     for layer, pair in _pairs(weights).items():
         targets = _diffusers_layers(layer)
         if targets is None or any(target not in outputs for target in targets):
@@ -105,9 +106,9 @@ def to_diffusers(weights: Mapping[str, Tensor], outputs: Mapping[str, int]) -> d
         if sum(widths) != len(pair.up):
             raise ValueError(f"the weights for {layer} give {len(pair.up)} outputs; this network has {sum(widths)}")
         for target, up in zip(targets, pair.up.split(widths), strict=True):
-            found[f"transformer.{target}.lora_A.weight"] = pair.down.clone()
-            found[f"transformer.{target}.lora_B.weight"] = (up * pair.scale).contiguous()
-    return found
+            renamed[f"transformer.{target}.lora_A.weight"] = pair.down.clone()
+            renamed[f"transformer.{target}.lora_B.weight"] = (up * pair.scale).contiguous()
+    return renamed
 
 
 def to_kohya(
@@ -130,15 +131,15 @@ def to_kohya(
         rank = len(pair.down)
         scale = pair.scale * (alphas or {}).get(layer, rank) / rank
         groups.setdefault(fused, {})[layer] = Pair(pair.down, pair.up, scale)
-    found: dict[str, Tensor] = {}
+    renamed: dict[str, Tensor] = {}
     for fused, parts in groups.items():
         targets = _diffusers_layers(fused)
         assert targets is not None
         joined = _fuse(parts, targets, outputs)
         name = KOHYA + fused.replace(".", "_")
-        found[f"{name}.lora_down.weight"], found[f"{name}.lora_up.weight"] = joined.down, joined.up
-        found[f"{name}.alpha"] = torch.tensor(joined.scale * len(joined.down))
-    return found
+        renamed[f"{name}.lora_down.weight"], renamed[f"{name}.lora_up.weight"] = joined.down, joined.up
+        renamed[f"{name}.alpha"] = torch.tensor(joined.scale * len(joined.down))
+    return renamed
 
 
 def _fuse(parts: Mapping[str, Pair], targets: Sequence[str], outputs: Mapping[str, int]) -> Pair:
@@ -159,7 +160,7 @@ def _fuse(parts: Mapping[str, Pair], targets: Sequence[str], outputs: Mapping[st
 
 
 def _pairs(weights: Mapping[str, Tensor]) -> dict[str, Pair]:
-    """By layer, whichever way A and B are called."""
+    """The A, B and scale of each layer, whatever A and B are called."""
     downs: dict[str, Tensor] = {}
     ups: dict[str, Tensor] = {}
     alphas: dict[str, float] = {}

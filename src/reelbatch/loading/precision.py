@@ -45,7 +45,7 @@ class Precision:
 
     @classmethod
     def parse(cls, asked: Precision | torch.dtype | str, device: torch.device) -> Precision:
-        """Of a dtype for all parts, or of text such as "auto", "bf16", "int8" or "transformer=int8,vae=fp16".
+        """Reads a dtype for all parts, or text such as "auto", "bf16", "int8" or "transformer=int8,vae=fp16".
 
         What is not said is "auto": bfloat16 on CUDA, float32 elsewhere.
 
@@ -62,7 +62,7 @@ class Precision:
         return cls(**chosen, int8=int8)
 
     def of(self, component: str) -> torch.dtype:
-        """Of a component, by the name of its folder."""
+        """The dtype of a component, by the name of its folder."""
         return {"transformer": self.transformer, "vae": self.vae}.get(component, self.text)
 
     def weight_bytes(self, component: str, parameters: int) -> int:

@@ -222,6 +222,7 @@ class Placement:
     @contextmanager
     def evicted(self, *phases: Phase) -> Iterator[None]:
         """While entered, the weights of these phases' parts, none of which works meanwhile, are not on the device."""
+        self.restore()  # what is still away from an earlier try must not be written over
         with self._for_a_while():
             for part in self._parts if self.offload == "none" else []:
                 if part.phase not in phases:
@@ -276,13 +277,18 @@ class Placement:
         try:
             yield
         finally:
+            free_memory()
             try:
-                self.bring_back()
+                self.restore()
             except (OSError, MemoryError, RuntimeError) as error:
                 log.warning("weights that left for a while come back before the next work, not yet: %s", error)
 
-    def bring_back(self) -> None:
-        """Undoes what was done for a while. Where that fails, or is interrupted, the next call goes on."""
+    def restore(self) -> None:
+        """Brings back what left for a while. Where that fails, or is interrupted, the next call goes on.
+
+        Raises:
+            MemoryError, RuntimeError, OSError: if it cannot be; no work can be done before it is here.
+        """
         while self._undo:
             self._undo[-1]()
             self._undo.pop()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import mmap
 from collections.abc import Iterator
@@ -40,9 +39,9 @@ class DiskGroup(ModuleGroup):
         if not self._is_offloaded_to_disk:
             super()._offload_to_disk()
         for tensor in self.tensor_to_key:  # where Diffusers would leave as much memory, unwritten
-            # whoever computed with what is not here would see that
-            fill = float("nan") if tensor.is_floating_point() else 0
-            tensor.data = torch.full((1,), fill, dtype=tensor.dtype).expand(tensor.shape)
+            # not a number, so that no result of weights that are not here passes for one
+            nothing = torch.full((1,), torch.nan) if tensor.is_floating_point() else torch.zeros(1)
+            tensor.data = nothing.to(tensor.dtype).expand(tensor.shape)
 
     def _onload_from_disk(self) -> None:
         """Reads into pages of its own, which go back to the system when the weights leave, each weight at an aligned
@@ -57,7 +56,7 @@ class DiskGroup(ModuleGroup):
             for key, tensor in self.key_to_tensor.items():
                 file.seek(8 + length + header[key]["data_offsets"][0])
                 if file.readinto(memoryview(pages)[start : start + tensor.nbytes]) != tensor.nbytes:
-                    raise OSError(errno.EIO, "offloaded weights are cut short", self.safetensors_file_path)
+                    raise OSError(f"{self.safetensors_file_path}: is cut short; these weights cannot come back")
                 if tensor.numel():
                     loaded = torch.frombuffer(pages, dtype=tensor.dtype, count=tensor.numel(), offset=start)
                     tensor.data = loaded.view(tensor.shape)

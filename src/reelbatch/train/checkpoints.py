@@ -106,7 +106,7 @@ class Checkpoints:
         path = Path(asked).expanduser()
         if (path / STATE).is_file():
             return path
-        there = ", ".join(str(found) for found in self.all()) or "none"
+        there = ", ".join(str(checkpoint) for checkpoint in self.all()) or "none"
         raise CheckpointError(f"resume={asked}: is no checkpoint (a folder step-… with {STATE}); there are: {there}")
 
 

@@ -114,7 +114,7 @@ class TrainConfig(BaseModel):
     shift_by_size: bool = _in(
         LOSS, "Shift each sample by its own size: flow_shift × sqrt(its tokens / those of the model's own size).", False
     )
-    guidance: float = _in(LOSS, "Embedded guidance that the model is told while training.", 1.0, ge=0)
+    guidance: float = _in(LOSS, "Embedded guidance that the model is given while training.", 1.0, ge=0)
     guidance_max: float | None = _in(LOSS, "Draw the guidance between --guidance and this, one a sample.", None, ge=0)
     weigh: Literal["samples", "tokens"] = _in(
         LOSS, "What counts the same in the loss: samples, or their tokens.", "samples"
@@ -180,14 +180,14 @@ def read_config(path: str | Path | None, overrides: Mapping[str, Any] | None = N
         path = Path(path)
         name = path.name
         try:
-            found = yaml.safe_load(path.read_text(encoding="utf-8"))
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read: {error.strerror}; give a YAML config file") from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: is no YAML: {' '.join(str(error).split())}") from None
-        if found is not None and not isinstance(found, dict):
-            raise ConfigError(f"{path}: holds a {type(found).__name__}; expected lines as `learning_rate: 1e-4`")
-        fields = {str(key).replace("-", "_"): value for key, value in (found or {}).items()}
+        if content is not None and not isinstance(content, dict):
+            raise ConfigError(f"{path}: holds a {type(content).__name__}; expected lines as `learning_rate: 1e-4`")
+        fields = {str(key).replace("-", "_"): value for key, value in (content or {}).items()}
     return make_config(fields | dict(overrides or {}), name)
 
 
@@ -198,19 +198,19 @@ def make_config(fields: Mapping[str, Any], where: str = "config") -> TrainConfig
     try:
         return TrainConfig.model_validate(listed)
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{where}: {_fault(found)}" for found in error.errors())) from None
+        raise ConfigError("\n".join(f"{where}: {_fault(details)}" for details in error.errors())) from None
 
 
-def _fault(found: ErrorDetails) -> str:
-    if not found["loc"]:
-        return str(found.get("ctx", {}).get("error", found["msg"])).replace("\n", "; ")
-    field = str(found["loc"][0])
-    if found["type"] == "extra_forbidden":
+def _fault(details: ErrorDetails) -> str:
+    if not details["loc"]:
+        return str(details.get("ctx", {}).get("error", details["msg"])).replace("\n", "; ")
+    field = str(details["loc"][0])
+    if details["type"] == "extra_forbidden":
         near = difflib.get_close_matches(field, FIELDS, n=1)
         return f"{field}: no such field; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(FIELDS)}")
-    reason = found["msg"][0].lower() + found["msg"][1:]
-    if found["type"] == "literal_error":
+    reason = details["msg"][0].lower() + details["msg"][1:]
+    if details["type"] == "literal_error":
         annotation = TrainConfig.model_fields[field].annotation
-        near = difflib.get_close_matches(str(found["input"]), [str(value) for value in get_args(annotation)], n=1)
+        near = difflib.get_close_matches(str(details["input"]), [str(value) for value in get_args(annotation)], n=1)
         reason += f"; did you mean {near[0]}?" if near else ""
-    return f"{field}={found['input']!r}: {reason}"
+    return f"{field}={details['input']!r}: {reason}"

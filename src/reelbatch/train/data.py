@@ -93,8 +93,10 @@ class ClipRules:
         scale, stride = self.scale(height, width), self.spatial_stride
         fitted = [int(side * scale + 1e-6) // stride * stride for side in (height, width)]
         if 0 in fitted:
-            made = "" if scale == 1 else f", {int(width * scale)}×{int(height * scale)} by max_pixels={self.max_pixels}"
-            raise BrokenClip(f"is {width}×{height}{made}, less than the {stride} pixels a side that the model needs")
+            scaled = (
+                "" if scale == 1 else f", {int(width * scale)}×{int(height * scale)} by max_pixels={self.max_pixels}"
+            )
+            raise BrokenClip(f"is {width}×{height}{scaled}, less than the {stride} pixels a side that the model needs")
         return fitted[0], fitted[1]
 
     def as_text(self) -> str:
@@ -115,11 +117,11 @@ def find_clips(sources: Iterable[str | Path]) -> list[Clip]:
     clips: list[Clip] = []
     faults: list[str] = []
     for source in map(Path, sources):
-        for found in _clips_of(source):
-            if isinstance(found, Clip):
-                clips.append(found)
+        for result in _clips_of(source):
+            if isinstance(result, Clip):
+                clips.append(result)
             else:
-                faults.append(found)
+                faults.append(result)
     if faults:
         raise DataError(faults)
     if not clips:

@@ -32,7 +32,7 @@ class Outcome:
 
     Attributes:
         loss: mean over its samples (or tokens). gradient_norm: before clipping.
-        samples, tokens: how many it had. seconds: how long it took. stop: whether the run was told to stop.
+        samples, tokens: how many it had. seconds: how long it took. stop: whether the run was asked to stop.
     """
 
     loss: float
@@ -54,26 +54,26 @@ class Tally:
 
     def row(self, step: int, learning_rate: float) -> dict[str, Any]:
         """A row of `metrics.csv`: sums of samples, tokens and seconds, means of the others."""
-        found = self.outcomes
-        seconds = sum(one.seconds for one in found)
-        samples = sum(one.samples for one in found)
+        outcomes = self.outcomes
+        seconds = sum(one.seconds for one in outcomes)
+        samples = sum(one.samples for one in outcomes)
         return {
             "step": step,
             "samples": samples,
-            "tokens": sum(one.tokens for one in found),
-            "loss": sum(one.loss for one in found) / len(found),
+            "tokens": sum(one.tokens for one in outcomes),
+            "loss": sum(one.loss for one in outcomes) / len(outcomes),
             "learning_rate": learning_rate,
-            "gradient_norm": sum(one.gradient_norm for one in found) / len(found),
+            "gradient_norm": sum(one.gradient_norm for one in outcomes) / len(outcomes),
             "seconds": seconds,
             "samples_per_second": samples / seconds,
         }
 
     def seconds_left(self, steps: int) -> float:
-        """Of so many steps more, at the pace of these."""
+        """Seconds that so many steps more take, at the pace of these."""
         return steps * sum(one.seconds for one in self.outcomes) / len(self.outcomes)
 
 
-TOLD = {
+IN_A_LINE = {
     "loss": "loss {:.4g}",
     "validation_loss": "held-out loss {:.4g}",
     "learning_rate": "learning rate {:.3g}",
@@ -84,7 +84,7 @@ TOLD = {
 
 def line(row: Mapping[str, Any], steps: int, seconds_left: float | None) -> str:
     """A row for people: `step 20 of 1000: loss 0.42, learning rate 0.0001, …, about 3 min 20 s left`."""
-    parts = [text.format(row[name]) for name, text in TOLD.items() if name in row]
+    parts = [text.format(row[name]) for name, text in IN_A_LINE.items() if name in row]
     if seconds_left:
         parts.append(f"about {duration(seconds_left)} left")
     return f"step {row['step']} of {steps}: {', '.join(parts)}"

@@ -248,9 +248,10 @@ def test_a_rung_that_cannot_be_stood_on_is_passed_over(
 # -- weights that cannot come back at once ---------------------------------------------------------
 
 
+@pytest.mark.parametrize("tries", [2, 3])
 @pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
 def test_weights_that_cannot_come_back_at_once_do_before_the_next_work(
-    model: Model, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+    model: Model, monkeypatch: pytest.MonkeyPatch, error: type[BaseException], tries: int
 ) -> None:
     before = weights(model)
     (expected,), _ = run(model)
@@ -266,7 +267,7 @@ def test_weights_that_cannot_come_back_at_once_do_before_the_next_work(
     engine = Engine(model)
     engine.submit(requests()[0])
     videos: list[Video | Failure] = []
-    with failing(model, "velocities", 2, []):
+    with failing(model, "velocities", tries, []):
         while engine.busy:
             try:
                 videos += engine.step()

@@ -78,6 +78,7 @@ def test_whoever_is_cancelled_while_it_is_decoded_is_waited_for_before_weights_m
         assert through.is_set()
         later.join()
         list(engine.run())
+    assert not engine._loop._decoder._forgotten  # nor are its frames held
 
 
 def test_whoever_is_cancelled_before_the_thread_begins_is_not_decoded() -> None:
@@ -179,3 +180,15 @@ def test_frames_become_8_bit_where_they_are_decoded(tiny_model: Model, monkeypat
         assert handed_over == [torch.uint8] * 2
         assert threads == [expected] * 2
         threads.clear()
+
+
+@pytest.mark.parametrize("beside", [0, 2])
+def test_tiles_that_a_request_asks_for_are_those_it_gets_in_either_thread(tiny_model: Model, beside: int) -> None:
+    fields = {"height": 160, "width": 144, "frames": 1}
+    asked = [request(i, seed=0, vae_tiling=side, **fields) for i, side in enumerate((None, 0, 64, 128))]
+    videos = Engine(tiny_model, decode_beside=beside).generate(asked)
+    assert [video.provenance["vae_tiles"] for video in videos] == [False, False, 64, 128]
+    assert len({video.frames_sha256 for video in videos}) == 3
+    (whole,) = Engine(tiny_model, keep_latents=True).generate(asked[0])
+    for video, side in zip(videos, (None, None, 64, 128), strict=True):
+        assert (video.frames == tiny_model.family.decode(whole.latents, side).numpy()).all()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from reelbatch import Video, VideoRequest
 from reelbatch.device import OutOfMemory
+from reelbatch.engine import flow
 from reelbatch.engine.engine import Engine, Failure
 from reelbatch.engine.fallback import Fallback
 from reelbatch.engine.planner import Planner
@@ -226,6 +228,21 @@ def test_memory_that_runs_out_once_changes_no_bit(phase: Phase, beside: int) -> 
     assert not left and set(results) == {"r0", "r1", "r2"}
     for result in results.values():
         assert_alone(result)
+
+
+def test_memory_that_runs_out_where_a_step_ends_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    euler_step, left = flow.euler_step, [MemoryError()]
+
+    def scarce(*args: Any) -> torch.Tensor:
+        if left:
+            raise left.pop()
+        return euler_step(*args)
+
+    monkeypatch.setattr(flow, "euler_step", scarce)
+    videos = make([request(0), request(1, width=20)])
+    assert not left
+    for video in videos.values():
+        assert_alone(video)
 
 
 @pytest.mark.parametrize("phase", ["text", "step", "decode"])

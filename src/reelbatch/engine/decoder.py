@@ -79,6 +79,7 @@ class Decoder:
     def begin(self, samples: Sequence[Sample]) -> None:
         """Starts to decode these in the thread, one after the other."""
         self.fallback.runner.model.placement.restore()
+        self._forgotten = [future for future in self._forgotten if not future.done()]
         for sample in samples:
             if sample.id not in self._futures and sample.id not in self._ran_out:
                 self._futures[sample.id] = self._submit(sample)

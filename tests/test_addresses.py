@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torchao.quantization import Int8Tensor, Int8WeightOnlyConfig, quantize_
 
 from reelbatch import Engine, VideoRequest
 from reelbatch.loading.lora import save_lora
@@ -199,6 +200,22 @@ def test_no_product_of_a_forward_has_few_rows(image_condition_type: str | None) 
         with bits_by_address() as calls:
             model(packs=[[branch(seed, text=1 + seed) for seed in range(count)]])
         assert calls == {}
+
+
+@torch.no_grad()
+def test_products_of_8_bit_weights_are_padded_too_and_exact() -> None:
+    model = ours()
+    quantize_(model, Int8WeightOnlyConfig(), filter_fn=lambda module, name: type(module) is nn.Linear)
+    assert isinstance(model.transformer_blocks[0].ff.net[2].weight, Int8Tensor)
+    branches = [branch(seed, text=1 + seed) for seed in range(3)]
+    with bits_by_address() as calls:
+        together = model(packs=[[each] for each in branches])
+        alone = [model(packs=[[each]]) for each in branches]
+        packed = model(packs=[branches])
+    assert calls == {}
+    for (ours_together,), ((ours_alone,),), ours_packed in zip(together, alone, packed[0], strict=True):
+        assert torch.equal(ours_together, ours_alone)
+        torch.testing.assert_close(ours_packed, ours_alone, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

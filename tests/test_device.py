@@ -23,6 +23,12 @@ def test_a_device_on_which_nothing_ever_ran_is_refused_with_those_that_work(devi
         choose_device(torch.device(device))
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:x", "", "cpu 0"])
+def test_a_word_that_is_no_device_is_refused_with_those_that_work(device: str) -> None:
+    with pytest.raises(ValueError, match="is unknown; give auto, cpu, cuda or cuda:N"):
+        choose_device(device)
+
+
 def test_the_command_line_refuses_such_a_device_in_one_line() -> None:
     result = CliRunner().invoke(app, ["doctor", "--device", "mps"])
     assert result.exit_code != 0

@@ -16,6 +16,7 @@ from reelbatch import Video, VideoRequest
 from reelbatch.engine.engine import Cancelled, Engine, FailedRequests, Failure, Progress
 from reelbatch.engine.events import Event, Worked
 from reelbatch.engine.sample import draw_noise
+from reelbatch.engine.scheduler import Entry, Scheduler
 from reelbatch.loading.load import load
 from reelbatch.loading.model import Model
 
@@ -143,6 +144,39 @@ def test_whatever_listeners_raise_whenever_every_request_ends_once(
     assert_all_right(all_of(engine, ended), expected)
 
 
+@pytest.mark.parametrize("phase", PHASES)
+def test_every_listener_sees_every_event_once_though_another_raises(model: Model, phase: str) -> None:
+    """Nothing is reported twice, as nothing is done twice; and nothing goes unreported."""
+    seen: list[list[tuple[str, str, int]]] = []
+    for raises in (False, True):
+        engine = Engine(model, max_batch_size=3)
+        engine.on_progress = raising_once(phase, 2, Stop) if raises else None
+        for listener in (raising_once(phase, 3, Stop) if raises else None, None):
+            events: list[tuple[str, str, int]] = []
+            seen.append(events)
+
+            def listen(event: Event, own: list = events, callback: Callable | None = listener) -> None:
+                if isinstance(event, Progress):
+                    if event.phase != "text":  # which begins, and begins again after an interruption
+                        own.append((event.id, event.phase, event.step))
+                    if callback is not None:
+                        callback(event)
+
+            engine.subscribe(listen)
+        for request in requests():
+            engine.submit(request)
+        stops = 0
+        while engine.busy:
+            try:
+                engine.step()
+            except Stop:
+                stops += 1
+        assert stops == (2 if raises else 0)
+    assert len(set(seen[0])) == len(seen[0])
+    for events in seen[1:]:
+        assert sorted(events) == sorted(seen[0])
+
+
 def test_who_takes_results_one_by_one_may_stop_and_lose_none(model: Model, expected: dict[str, Video]) -> None:
     engine = Engine(model)
     for request in requests():
@@ -250,6 +284,33 @@ def test_cancelling_an_id_that_is_not_here_does_not_cancel_one_that_comes_later(
     assert len(engine.generate(requests()[:1])) == 1
 
 
+def test_a_cancel_that_comes_too_late_does_not_cancel_a_later_request_of_that_id(model: Model) -> None:
+    engine = Engine(model)
+    engine.on_progress = lambda progress: engine.cancel(progress.id) if progress.phase == "decode" else None
+    assert len(engine.generate(requests()[:1])) == 1
+    engine.on_progress = None
+    assert len(engine.generate(requests()[:1])) == 1
+
+
+def test_a_cancel_that_comes_while_others_are_cancelled_is_kept(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, asking = Engine(model), threading.Thread(target=lambda: engine.cancel("r1"))
+    for request in requests():
+        engine.submit(request)
+    engine.cancel("r0")
+    put = Scheduler._put
+
+    def meanwhile(scheduler: Scheduler, *entries: Entry) -> None:
+        if not asking.ident:
+            asking.start()
+            asking.join(0.2)  # it waits for the scheduler, or is through
+        put(scheduler, *entries)
+
+    monkeypatch.setattr(Scheduler, "_put", meanwhile)
+    ended = engine.step()
+    asking.join()
+    assert {end.request.id for end in all_of(engine, ended).values() if isinstance(end, Failure)} == {"r0", "r1"}
+
+
 def test_should_cancel_is_one_way_with_cancel(model: Model) -> None:
     engine = Engine(model, max_batch_size=1)
     engine.should_cancel = lambda id: id in ("r0", "r4")
@@ -307,8 +368,8 @@ def test_events_say_what_was_done(model: Model) -> None:
 # -- noise -----------------------------------------------------------------------------------------
 
 
-@given(seed=st.integers(0, 2**32 - 1), high=st.integers(1, 2**32 - 1))
-def test_different_seeds_give_different_noise_and_small_ones_that_of_diffusers(seed: int, high: int) -> None:
+@given(seed=st.integers(0, 2**32 - 1), high=st.integers(1, 2**32 - 1), bit=st.integers(0, 31))
+def test_different_seeds_give_different_noise_and_small_ones_that_of_diffusers(seed: int, high: int, bit: int) -> None:
     shape = (4, 1, 2, 3)
     noise = draw_noise(seed, shape)
     assert torch.equal(noise, torch.randn(shape, generator=torch.Generator().manual_seed(seed)))
@@ -316,7 +377,8 @@ def test_different_seeds_give_different_noise_and_small_ones_that_of_diffusers(s
     other = draw_noise(large, shape)
     assert other.dtype == torch.float32 and not torch.equal(noise, other)
     assert torch.equal(other, draw_noise(large, shape))
-    assert not torch.equal(other, draw_noise(large ^ (1 << 40), shape))
+    for flipped in (1 << bit, 1 << bit + 32, 1 << bit | 1 << bit + 32):
+        assert not torch.equal(other, draw_noise(large ^ flipped, shape))
 
 
 def test_noise_of_large_seeds_is_standard_normal() -> None:

@@ -177,9 +177,11 @@ def test_a_given_first_frame_is_modulated_apart_as_in_the_reference(frames: int)
             assert relative_error(ours, theirs) < 1e-5
 
 
-def test_gradients_are_the_references() -> None:
+@pytest.mark.parametrize("lengths", [(5, 14, 23), (1, 2, 3)])
+def test_gradients_are_the_references(lengths: tuple[int, ...]) -> None:
+    """Also of texts so short that their products are padded with rows."""
     reference, ours = tiny.transformer(2), ours_from(REFERENCES[2])
-    branches = [make_branch(i, text=5 + 9 * i, timestep=900 - 300 * i) for i in range(3)]
+    branches = [make_branch(i, text=text, timestep=900 - 300 * i) for i, text in enumerate(lengths)]
     reference_velocities(reference, branches).square().sum().backward()
     torch.stack(ours(packs=[branches])[0]).square().sum().backward()
     expected = {name: parameter.grad for name, parameter in reference.named_parameters()}
@@ -322,9 +324,10 @@ def test_each_block_is_called_once_a_step_whatever_the_number_of_samples() -> No
     assert calls == blocks
 
 
+@pytest.mark.parametrize("shortest", [3, 1])
 @torch.no_grad()
-def test_regional_compile_runs_on_the_packed_path() -> None:
-    model, branches = ours_from(REFERENCES[2]), [make_branch(i, text=3 + i) for i in range(2)]
+def test_regional_compile_runs_on_the_packed_path(shortest: int) -> None:
+    model, branches = ours_from(REFERENCES[2]), [make_branch(i, text=shortest + i) for i in range(2)]
     model.compile_repeated_blocks(backend="aot_eager")
     for (together,), branch in zip(model(packs=[[branch] for branch in branches]), branches, strict=True):
         assert relative_error(together, alone(MODELS[2], branch)) < 1e-5

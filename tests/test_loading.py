@@ -7,10 +7,12 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import diffusers
 import huggingface_hub
 import pytest
 import tiny
 import torch
+import transformers
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
@@ -127,9 +129,10 @@ def test_sharded_weights_load_too(folder, tiny_folder):
     shard(folder)
     assert inspect(folder).problems == ()
     assert inspect(folder).parameters == inspect(tiny_folder).parameters
-    expected = load(tiny_folder, "cpu").transformer.state_dict()
+    expected = load(tiny_folder, "cpu").family.transformer.state_dict()
     assert all(
-        torch.equal(value, expected[name]) for name, value in load(folder, "cpu").transformer.state_dict().items()
+        torch.equal(value, expected[name])
+        for name, value in load(folder, "cpu").family.transformer.state_dict().items()
     )
 
 
@@ -358,3 +361,19 @@ def test_names(tmp_path):
     cached = tmp_path / "models--someone--HunyuanVideo" / "snapshots" / "0123abc"
     assert inspect(tiny.make_folder(cached)).name == "someone/HunyuanVideo"
     assert inspect(tiny.make_folder(tmp_path / "mine")).name == "mine"
+
+
+def test_loading_shows_no_bars_and_leaves_those_of_others_as_they_were(
+    tiny_folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    for logging in libraries:
+        logging.enable_progress_bar()
+    load(tiny_folder, "cpu", torch.float32)
+    assert all(logging.is_progress_bar_enabled() for logging in libraries)
+    captured = capfd.readouterr()
+    assert "%|" not in captured.out + captured.err
+    libraries[0].disable_progress_bar()
+    load(tiny_folder, "cpu", torch.float32)
+    assert [logging.is_progress_bar_enabled() for logging in libraries] == [False, True]
+    libraries[0].enable_progress_bar()

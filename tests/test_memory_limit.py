@@ -112,6 +112,19 @@ def test_what_does_not_fit_alone_fails_alone_and_says_what_it_needs(model: Model
         assert part in str(failure.error)
 
 
+@pytest.mark.usefixtures("holds")
+def test_whether_a_decode_fits_does_not_depend_on_who_else_runs(model: Model) -> None:
+    large = VideoRequest(prompt="a blue dog", height=272, width=272, frames=5, steps=1, id="large")
+    estimate = Estimator(model.family, "exact", model.device)
+    asked = [request.for_model(model.limits) for request in (*requests(1), large)]
+    limit = HELD + estimate.decode(asked[1]) - 2**20
+    assert HELD + estimate.step(asked) < limit
+    for before in ([], requests(1)):
+        with pytest.raises(FailedRequests, match="decoding of request 'large'") as caught:
+            Engine(model, max_memory=limit).generate([*before, large])
+        assert [video.request.id for video in caught.value.videos] == [request.id for request in before]
+
+
 def test_no_pixel_depends_on_the_limit_or_on_what_else_the_process_holds(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:

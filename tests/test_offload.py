@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from reelbatch import VideoRequest
@@ -30,6 +31,7 @@ from reelbatch.loading import load as loading_room
 from reelbatch.loading.hub import ModelFolderError
 from reelbatch.loading.inspection import inspect
 from reelbatch.loading.load import load
+from reelbatch.loading.lora import save_lora
 from reelbatch.loading.model import Model
 from reelbatch.memory import placement as placement_room
 from reelbatch.memory.placement import Placement, check_offload, offloads
@@ -244,8 +246,6 @@ def started(model: Model) -> list[Sample]:
 
 
 def test_a_lora_works_on_weights_that_wait_on_disk(tiny_folder: Path) -> None:
-    from peft import LoraConfig
-
     made = []
     for kind in ("none", "block"):
         engine = Engine.from_pretrained(str(tiny_folder), device="cpu", keep_latents=True, offload=kind)
@@ -257,6 +257,22 @@ def test_a_lora_works_on_weights_that_wait_on_disk(tiny_folder: Path) -> None:
         assert not same(made[-1], plain)
         transformer.disable_adapters()
         assert same(engine.generate(requests()), plain)
+    assert same(*made)
+
+
+def test_a_lora_keeps_its_digits_beside_weights_that_are_stored_in_fewer(tiny_folder: Path, tmp_path: Path) -> None:
+    folder, lora = tmp_path / "model", tmp_path / "lora.safetensors"
+    shutil.copytree(tiny_folder, folder)
+    for file in folder.glob("transformer/*.safetensors"):
+        save_file({name: tensor.bfloat16() for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    transformer = load(folder, "cpu", "float32").family.parts["transformer"]
+    torch.manual_seed(0)
+    transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    save_lora(transformer, lora)
+    options = {"device": "cpu", "dtype": "float32", "keep_latents": True, "lora": [(lora, 1.0)]}
+    made = [
+        Engine.from_pretrained(str(folder), **options, offload=kind).generate(requests()) for kind in ("none", "block")
+    ]
     assert same(*made)
 
 

@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from reelbatch import Video, VideoRequest
-from reelbatch.engine.engine import Engine, FailedRequests
+from reelbatch.engine.engine import Engine, FailedRequests, Failure
 from reelbatch.engine.events import Event, FellBack
 from reelbatch.loading.load import load
 from reelbatch.loading.model import Model
 from reelbatch.memory.placement import Placement
-from reelbatch.memory.streaming import DiskGroup, groups_of
+from reelbatch.memory.streaming import DiskGroup, groups_of, stream
 from reelbatch.models.family import PHASES, Phase
 
 FREED = "after memory was freed"
@@ -243,3 +243,80 @@ def test_a_rung_that_cannot_be_stood_on_is_passed_over(
         (video,), used = run(model)
     assert used == [FREED, EVICTED, "in VAE tiles of 128 pixels"]
     assert np.array_equal(video.frames, expected.frames)
+
+
+# -- weights that cannot come back at once ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("tries", [2, 3])
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_weights_that_cannot_come_back_at_once_do_before_the_next_work(
+    model: Model, monkeypatch: pytest.MonkeyPatch, error: type[BaseException], tries: int
+) -> None:
+    before = weights(model)
+    (expected,), _ = run(model)
+    onload, left = DiskGroup._onload_from_disk, [1]
+
+    def short(group: DiskGroup) -> None:
+        if left and groups_of(model.family.parts["transformer"]) == []:
+            left.pop()
+            raise error
+        onload(group)
+
+    monkeypatch.setattr(DiskGroup, "_onload_from_disk", short)
+    engine = Engine(model)
+    engine.submit(requests()[0])
+    videos: list[Video | Failure] = []
+    with failing(model, "velocities", tries, []):
+        while engine.busy:
+            try:
+                videos += engine.step()
+            except KeyboardInterrupt:
+                assert error is KeyboardInterrupt
+    assert not left
+    (video,) = videos
+    assert isinstance(video, Video)
+    assert np.array_equal(video.frames, expected.frames)
+    assert_as_before(model, before)
+
+
+@pytest.mark.parametrize("place", ["save", "leave"])
+def test_an_interrupt_while_weights_leave_brings_them_back(
+    model: Model, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    from diffusers.hooks import group_offloading
+
+    before, calls = weights(model), [0]
+    owner, name = (
+        (group_offloading.safetensors.torch, "save_file") if place == "save" else (DiskGroup, "_offload_to_disk")
+    )
+    done = getattr(owner, name)
+
+    def interrupted(*args: object) -> None:
+        calls[0] += 1
+        if calls[0] == 2 and place == "save":
+            raise KeyboardInterrupt
+        done(*args)
+        if calls[0] == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(owner, name, interrupted)
+    with pytest.raises(KeyboardInterrupt), model.placement.evicted("text", "decode"):
+        pass
+    monkeypatch.undo()
+    assert_as_before(model, before)
+
+
+def test_what_is_on_disk_is_never_computed_with(model: Model) -> None:
+    with model.placement.evicted("decode"):
+        assert all(weight.isnan().all() for weight in model.family.parts["vae"].parameters())
+
+
+def test_weights_whose_file_was_cut_are_refused(model: Model, tmp_path: Path) -> None:
+    network = nn.Linear(64, 64)
+    stream(nn.Sequential(nn.ModuleList([network])), torch.device("cpu"), tmp_path)
+    (file,) = (path for path in tmp_path.iterdir() if path.stat().st_size > 4096)
+    with file.open("r+b") as cut:
+        cut.truncate(file.stat().st_size - 4)
+    with pytest.raises(OSError, match="cut short"):
+        network(torch.zeros(1, 64))

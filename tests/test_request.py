@@ -114,6 +114,15 @@ def test_copies_have_their_own_seeds_and_ids() -> None:
             VideoRequest(prompt="a cat").copies(count)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("length", [190, 198, 200])
+def test_copies_of_a_long_id_are_requests_too(length: int) -> None:
+    copies = VideoRequest(prompt="a cat", id="x" * length).copies(11)
+    assert len({copy.id for copy in copies}) == 11
+    assert [VideoRequest(**copy.model_dump()) for copy in copies] == copies
+    others = VideoRequest(prompt="a cat", id="x" * (length - 1) + "y").copies(11)
+    assert not {copy.id for copy in copies} & {copy.id for copy in others}
+
+
 def test_open_fields_are_the_models_own() -> None:
     filled = VideoRequest(prompt="a cat", steps=5).for_model(LITTLE)
     assert (filled.height, filled.width, filled.frames, filled.steps, filled.fps) == (64, 64, 9, 5, 8)

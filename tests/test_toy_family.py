@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +16,13 @@ from hypothesis import strategies as st
 
 from reelbatch import Video, VideoRequest
 from reelbatch.device import OutOfMemory
+from reelbatch.engine import flow
 from reelbatch.engine.engine import Engine, Failure
+from reelbatch.engine.fallback import Fallback
+from reelbatch.engine.planner import Planner
+from reelbatch.engine.runner import Runner
 from reelbatch.loading.model import Model
+from reelbatch.memory.placement import Placement
 from reelbatch.memory.streaming import counting_fetches, groups_of
 from reelbatch.models.family import Family, Phase
 from reelbatch.request import RequestError
@@ -224,6 +230,21 @@ def test_memory_that_runs_out_once_changes_no_bit(phase: Phase, beside: int) -> 
         assert_alone(result)
 
 
+def test_memory_that_runs_out_where_a_step_ends_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    euler_step, left = flow.euler_step, [MemoryError()]
+
+    def scarce(*args: Any) -> torch.Tensor:
+        if left:
+            raise left.pop()
+        return euler_step(*args)
+
+    monkeypatch.setattr(flow, "euler_step", scarce)
+    videos = make([request(0), request(1, width=20)])
+    assert not left
+    for video in videos.values():
+        assert_alone(video)
+
+
 @pytest.mark.parametrize("phase", ["text", "step", "decode"])
 def test_what_never_fits_ends_alone(phase: Phase) -> None:
     def check(now: Phase, widths: list[int]) -> None:
@@ -281,3 +302,13 @@ def test_a_memory_limit_refuses_what_cannot_fit_and_changes_no_bit() -> None:
     for video in make([request(0), request(1, width=20)], max_memory="1000GiB").values():
         assert_alone(video)
         assert video.provenance["batch"]["largest"] == 2
+
+
+@pytest.mark.parametrize("phase", ["text", "decode"])
+def test_what_changes_pixels_is_the_last_that_is_tried_and_not_tried_where_they_are_to_be_kept(phase: Phase) -> None:
+    on_a_gpu = Model("toy", MODEL.folder, FAMILY, MODEL.precision, Placement(torch.device("cuda")))
+    runner = Runner(on_a_gpu, "exact")
+    allowed = Fallback(runner, Planner(1)).reliefs(phase)
+    assert [relief.exact for relief in allowed] == sorted([relief.exact for relief in allowed], reverse=True)
+    assert allowed[-1].what == "on the CPU" and not allowed[-1].exact
+    assert Fallback(runner, Planner(1), keep_pixels=True).reliefs(phase) == allowed[:-1]

@@ -16,6 +16,7 @@ from diffusers import (
     HunyuanVideoPipeline,
 )
 from diffusers import HunyuanVideoTransformer3DModel as Reference
+from leftovers import nothing_left  # noqa: F401  a fixture
 from pipelines import quiet, with_transformer
 from video15 import make_transformer, make_vae
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from leftovers import nothing_left  # noqa: F401  a fixture
 
 from reelbatch.loading.inspection import ModelInfo, inspect
 from reelbatch.loading.load import load

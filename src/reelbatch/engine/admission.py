@@ -33,12 +33,16 @@ class Admission:
         """
         for entry in [] if hold else self.scheduler.entries(State.WAITING):
             request, running = entry.request, self.scheduler.samples(State.RUNNING)
-            if (entry.alone and running) or not self._has_room_for(request, running):
+            refused = self._refusal(request)
+            if refused is None and ((entry.alone and running) or not self._has_room_for(request, running)):
                 break
             yield Progress(request.id, "text", 0, request.steps or 1)
+            if refused is not None:
+                failure = Failure(request, refused)
+                self.scheduler.ended(failure)
+                yield end_of(failure)
+                continue
             try:
-                if self.limit is not None and not running and (refusal := self.limit.refusal(request)):
-                    raise refusal
                 sample, events = self.fallback.start(request, entry.saved)
             except Exception as error:
                 if is_out_of_memory(error) and running:
@@ -52,6 +56,13 @@ class Admission:
                 self.scheduler.started(sample)
                 yield from events
         self._encode_ahead()
+
+    def _refusal(self, request: VideoRequest) -> Exception | None:
+        """Why it cannot be made, whoever else runs."""
+        try:
+            return None if self.limit is None else self.limit.refusal(request)
+        except Exception as error:
+            return error
 
     def _has_room_for(self, request: VideoRequest, running: Sequence[Sample]) -> bool:
         """Whether it may join those that run; its text counts at its longest, as it is not encoded yet."""

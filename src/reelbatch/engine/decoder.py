@@ -53,6 +53,9 @@ class Decoder:
         self.fallback = fallback
         self.family, self.device = fallback.runner.model.family, fallback.runner.model.device
         self._futures: dict[str, Future[Decoded]] = {}
+        """By id, in the order in which the thread takes them."""
+        self._forgotten: list[Future[Decoded]] = []
+        """Not wanted any more, but perhaps still at work."""
         self._ran_out: set[str] = set()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decoder")
 
@@ -63,16 +66,20 @@ class Decoder:
 
     def wait(self) -> None:
         """Until the thread has nothing to do."""
-        wait(self._futures.values())
+        wait([*self._futures.values(), *self._forgotten])
+        self._forgotten.clear()
 
     def forget(self, id: str) -> None:
         """This sample's frames are not wanted, or known already."""
-        self._futures.pop(id, None)
+        future = self._futures.pop(id, None)
+        if future is not None and not future.cancel() and not future.done():
+            self._forgotten.append(future)
         self._ran_out.discard(id)
 
     def begin(self, samples: Sequence[Sample]) -> None:
         """Starts to decode these in the thread, one after the other."""
         self.fallback.runner.model.placement.restore()
+        self._forgotten = [future for future in self._forgotten if not future.done()]
         for sample in samples:
             if sample.id not in self._futures and sample.id not in self._ran_out:
                 self._futures[sample.id] = self._submit(sample)
@@ -87,28 +94,33 @@ class Decoder:
             others: whether other samples run. What runs out of memory beside them is tried again without them.
         """
         open_ = [sample for sample in samples if not (others and sample.id in self._ran_out)]
+        places = {id: place for place, id in enumerate(self._futures)}
+        open_.sort(key=lambda sample: places.get(sample.id, len(places)))
         for number, sample in enumerate(open_):
-            future = self._futures.get(sample.id)
-            if future is not None and not future.done() and len(open_) - number <= leave:
-                return  # the thread takes them in this order
-            outcome = self._result(sample, future, last=not others)
+            if not self._is_ready(sample.id) and len(open_) - number <= leave:
+                return  # those behind it are not ready either
+            outcome = self._result(sample, last=not others)
             if outcome is not None:
                 yield sample, outcome
 
-    def _result(self, sample: Sample, future: Future[Decoded] | None, last: bool) -> Decoded | Exception | None:
+    def _is_ready(self, id: str) -> bool:
+        """Whether the thread is through with it, or does not have it."""
+        return id not in self._futures or self._futures[id].done()
+
+    def _result(self, sample: Sample, last: bool) -> Decoded | Exception | None:
         """None: it ran out of memory, and is tried again when no other sample runs."""
         try:
-            if future is not None:
+            if sample.id in self._futures:
                 try:
-                    return future.result()
+                    return self._futures[sample.id].result()
                 except Exception as error:
                     if not is_out_of_memory(error):
                         raise
+                del self._futures[sample.id]  # whose error holds what the failed decode had allocated
             return self._here(sample, last)
         except OutOfMemory as error:
             if last:
                 return error
-            self._futures.pop(sample.id, None)
             self._ran_out.add(sample.id)
             return None
         except Exception as error:

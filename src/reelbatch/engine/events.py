@@ -58,17 +58,26 @@ Event = Progress | Worked | FellBack
 
 
 class Publisher:
-    """Gives events to those who listen. What one that raises has not seen yet, it sees at the next call."""
+    """Gives events to those who listen, each event once to each. Where one raises, the others see the event, and all
+    see those behind it, at the next call."""
 
     def __init__(self) -> None:
         self.listeners: list[Callable[[Event], None]] = []
         self._events: deque[Event] = deque()
+        self._calls = 0
+        """Of the first event, with those that raised."""
 
     def publish(self, events: Iterable[Event], on_progress: Callable[[Progress], None] | None) -> None:
         self._events.extend(events)
-        while self._events:
-            event = self._events.popleft()
+
+        def progress(event: Event) -> None:
             if on_progress is not None and isinstance(event, Progress):
                 on_progress(event)
-            for listener in self.listeners:
-                listener(event)
+
+        while self._events:
+            listeners = [progress, *self.listeners]
+            while self._calls < len(listeners):
+                self._calls += 1
+                listeners[self._calls - 1](self._events[0])
+            self._events.popleft()
+            self._calls = 0

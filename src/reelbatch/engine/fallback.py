@@ -112,7 +112,7 @@ class Fallback:
         started, self._calls = self.begin(), 0
         groups = self.planner.groups(samples)
         velocities = [velocity for group in groups for velocity in self._velocities(group)]
-        outcomes = self.runner.advance(samples, velocities, started)
+        outcomes, _ = with_reliefs("the end of a step", partial(self.runner.advance, samples, velocities, started))
         return StepResult(outcomes, self.done("step", [sample.id for sample in samples], started))
 
     def reliefs(self, phase: Phase) -> list[Relief]:
@@ -172,7 +172,8 @@ class Fallback:
             return error
 
     def begin(self) -> float:
-        self.runner.model.placement.restore()
+        """Work begins; returns when."""
+        self.runner.model.placement.restore()  # what an interrupt, or memory that was short, left elsewhere
         self._fallbacks, self._calls = [], 1
         if self.gauge is not None:
             self.gauge.reset()

@@ -54,8 +54,6 @@ class Scheduler:
         self._lock = threading.RLock()
         self._entries: dict[str, Entry] = {}
         self._cancelled: set[str] = set()
-        self._taken: set[str] = set()
-        """Ended requests whose results were handed out; they leave at the next call, so that none is lost between."""
 
     # -- from any thread ---------------------------------------------------------------------------
 
@@ -66,7 +64,6 @@ class Scheduler:
             ValueError: for an id that another request here has.
         """
         with self._lock:
-            self._drop_taken()
             ids = [request.id for request in requests]
             for number, id in enumerate(ids):
                 if id in self._entries or id in ids[:number]:
@@ -81,13 +78,11 @@ class Scheduler:
 
     def get(self, id: str) -> Entry | None:
         with self._lock:
-            self._drop_taken()
             return self._entries.get(id)
 
     def entries(self, *states: State) -> list[Entry]:
         """In the order in which they came."""
         with self._lock:
-            self._drop_taken()
             return [entry for entry in self._entries.values() if entry.state in states]
 
     def samples(self, state: State) -> list[Sample]:
@@ -103,14 +98,14 @@ class Scheduler:
     def take_cancelled(self) -> list[Failure]:
         """Ends those that were cancelled, in whatever state they are."""
         with self._lock:
-            ids, self._cancelled = self._cancelled, set()
-            open_ = [self._entries[id] for id in ids if id in self._entries]
+            open_ = [self._entries[id] for id in self._cancelled if id in self._entries]
             failures = [
                 Failure(entry.request, Cancelled("cancelled by request"), cancelled=True)
                 for entry in open_
                 if entry.state != State.ENDED
             ]
             self._put(*(self._ended(failure.request.id, failure) for failure in failures))
+            self._cancelled.clear()
         return failures
 
     def started(self, sample: Sample) -> None:
@@ -144,12 +139,14 @@ class Scheduler:
         self._put(self._ended(result.request.id, result))
 
     def take(self, ids: Iterable[str] | None = None) -> list[Video | Failure]:
-        """Hands out results, those of all or of these requests. They are gone at the next call."""
+        """Hands out results, those of all or of these requests. They are not held here any longer."""
         with self._lock:
             wanted = None if ids is None else set(ids)
             ended = [entry for entry in self.entries(State.ENDED) if wanted is None or entry.request.id in wanted]
             results = [entry.result for entry in ended if entry.result is not None]
-            self._taken = {result.request.id for result in results}
+            taken = {result.request.id for result in results}
+            self._cancelled -= taken  # a request of the same id that comes later is another one
+            self._entries = {id: entry for id, entry in self._entries.items() if id not in taken}
         return results
 
     def _ended(self, id: str, result: Video | Failure) -> Entry:
@@ -158,9 +155,3 @@ class Scheduler:
     def _put(self, *entries: Entry) -> None:
         with self._lock:
             self._entries.update({entry.request.id: entry for entry in entries})
-
-    def _drop_taken(self) -> None:
-        with self._lock:
-            for id in self._taken:
-                self._entries.pop(id, None)
-            self._taken = set()

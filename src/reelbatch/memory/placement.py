@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from typing import Any, Literal, NamedTuple
@@ -21,7 +22,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from accelerate.utils import send_to_device
 from torch import nn
 
-from reelbatch.device import free_memory, gibibytes
+from reelbatch.device import free_memory, gibibytes, log
 from reelbatch.memory.alignment import align_weights
 from reelbatch.memory.streaming import DiskGroup, groups_of, network_bytes, stop_streaming, stream, streamed_bytes
 from reelbatch.models.family import PHASES, Phase
@@ -125,9 +126,9 @@ class Placement:
     def __post_init__(self) -> None:
         check_offload(self.offload, self.device, not self.storable)
         self._parts: list[_Part] = []
-        self._away: dict[str, DiskGroup] = {}
-        """Parts that were evicted to disk."""
         self._folder: TemporaryDirectory[str] | None = None
+        self._undo: list[Callable[[], object]] = []
+        """Has come back what is elsewhere for a while."""
         if self.offload == "block" and self.device.type == "cpu":
             free = shutil.disk_usage(gettempdir()).free
             if free < self.weight_bytes:
@@ -158,7 +159,8 @@ class Placement:
         if self.offload == "block" and blockwise:
             stream(network, self.device, self._folder_of(name) if self.waits_on_disk else None)
         elif self.waits_on_disk:  # a network used by other methods than `forward` is not seen by group offload
-            part.group = self._on_disk(part)
+            part.group = self._disk_group(part)
+            part.group.offload_()
         if self.waits_on_disk:
             for group in [*groups_of(network), *([part.group] if part.group else [])]:
                 group.cast(dtype)
@@ -220,33 +222,20 @@ class Placement:
     @contextmanager
     def evicted(self, *phases: Phase) -> Iterator[None]:
         """While entered, the weights of these phases' parts, none of which works meanwhile, are not on the device."""
-        with ExitStack() as back:
+        self.restore()  # what is still away from an earlier try must not be written over
+        with self._for_a_while():
             for part in self._parts if self.offload == "none" else []:
                 if part.phase not in phases:
                     continue
                 if self.device.type != "cpu":
+                    self._undo.append(partial(part.network.to, self.device))
                     part.network.to(CPU)
-                    back.callback(part.network.to, self.device)
                 else:
-                    if part.name not in self._away:
-                        self._away[part.name] = self._on_disk(part)
-                    back.callback(self._bring_back, part.name)
+                    group = self._disk_group(part)
+                    self._undo.append(group.onload_)
+                    group.offload_()
             free_memory()
             yield
-
-    def restore(self) -> None:
-        """Brings back what was evicted and for which there was no memory when it should have come back.
-
-        Raises:
-            MemoryError: if there still is none; no work can be done before it is here.
-        """
-        for name in [*self._away]:
-            self._bring_back(name)
-
-    def _bring_back(self, name: str) -> None:
-        free_memory()
-        self._away[name].onload_()
-        del self._away[name]
 
     @contextmanager
     def block_by_block(self, phase: Phase) -> Iterator[None]:
@@ -254,12 +243,12 @@ class Placement:
         of other phases are not there."""
         back_to = self.device if self.offload == "none" else CPU
         on_disk = self.device.type == "cpu"
-        with self.evicted(*(other for other in PHASES if other != phase)), ExitStack() as back:
+        with self.evicted(*(other for other in PHASES if other != phase)), self._for_a_while():
             if self.offload != "none":
                 self.leave()
             for part in self._of(phase):
                 if part.blockwise and not part.streams:
-                    back.callback(stop_streaming, part.network, back_to)
+                    self._undo.append(partial(stop_streaming, part.network, back_to))
                     folder = self._folder_of(f"{part.name}-streamed") if on_disk else None
                     stream(part.network, self.device, folder, prefetch=False)
             free_memory()
@@ -269,27 +258,49 @@ class Placement:
     def on_cpu(self, phase: Phase) -> Iterator[None]:
         """While entered, this phase's parts compute on the CPU. What comes block by block goes on doing so."""
         parts = [part for part in self._of(phase) if not part.streams]
-        with ExitStack() as back:
+        with self._for_a_while():
             if self.offload != "none":
                 self.leave()
-                back.callback(self.leave)
+                self._undo.append(self.leave)
             for part in parts:
                 if part.hook is None:
+                    self._undo.append(partial(part.network.to, self.device))
                     part.network.to(CPU)
-                    back.callback(part.network.to, self.device)
                 else:
+                    self._undo.append(partial(setattr, part.hook, "execution_device", self.device))
                     part.hook.execution_device = CPU
-                    back.callback(setattr, part.hook, "execution_device", self.device)
             free_memory()
             yield
+
+    @contextmanager
+    def _for_a_while(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            free_memory()
+            try:
+                self.restore()
+            except (OSError, MemoryError, RuntimeError) as error:
+                log.warning("weights that left for a while come back before the next work, not yet: %s", error)
+
+    def restore(self) -> None:
+        """Brings back what left for a while. Where that fails, or is interrupted, the next call goes on.
+
+        Raises:
+            MemoryError, RuntimeError, OSError: if it cannot be; no work can be done before it is here.
+        """
+        while self._undo:
+            self._undo[-1]()
+            self._undo.pop()
 
     # -- small parts -------------------------------------------------------------------------------
 
     def _of(self, phase: Phase) -> list[_Part]:
         return [part for part in self._parts if part.phase == phase]
 
-    def _on_disk(self, part: _Part) -> DiskGroup:
-        group = DiskGroup(
+    def _disk_group(self, part: _Part) -> DiskGroup:
+        """Its weights, which can now go to disk."""
+        return DiskGroup(
             modules=[part.network],
             offload_device=CPU,
             onload_device=CPU,
@@ -297,8 +308,6 @@ class Placement:
             offload_to_disk_path=str(self._folder_of(part.name)),
             group_id=part.name,
         )
-        group.offload_()
-        return group
 
     def _folder_of(self, name: str) -> Path:
         """An empty folder on disk, removed with this object or at the end of the process."""

@@ -46,6 +46,8 @@ class DiskGroup(ModuleGroup):
     def _onload_from_disk(self) -> None:
         """Reads into pages of its own, which go back to the system when the weights leave, each weight at an aligned
         address; in a mapped file they are not."""
+        if not self._is_offloaded_to_disk:  # writing them failed: they are here
+            return
         with Path(self.safetensors_file_path).open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))

@@ -141,7 +141,7 @@ def test_of_equal_blocks_and_tiles_one_runs_and_the_peak_is_that_of_all() -> Non
 
     def decoder(tile: Tensor) -> Tensor:
         ran.append("tile")
-        return torch.cat([tile, tile]) + 1
+        return (torch.cat([tile] * 8) + 1)[: 2 * len(tile)].clone()  # most is alive beside the results of others
 
     def tiles(run: Any) -> None:
         done = [run(torch.empty(size)) for size in (256, 256, 128, 256)]

@@ -9,7 +9,9 @@ import torch
 from diffusers import (
     HunyuanVideoPipeline,
 )
-from torch import Tensor
+from torch import Tensor, nn
+
+from reelbatch.memory.alignment import align_weights
 
 PROMPTS = [
     "a cat",
@@ -22,6 +24,14 @@ SCALES = [6.0, 2.5, 9.0, 4.0]
 TOKENS = 40
 """Text tokens that every prompt is padded to."""
 STEPS = 3
+
+
+def aligned(pipe: Any) -> Any:
+    """The pipeline, all weights of which lie at aligned addresses: Diffusers' bits depend on where they lie."""
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            align_weights(part)
+    return pipe
 
 
 def generate(pipe: Any, prompt: Any = None, seeds: list[int] = SEEDS[:1], **options: Any) -> Any:

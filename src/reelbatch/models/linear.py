@@ -1,9 +1,13 @@
 """Linear layers whose result does not depend on where their weights and inputs lie in memory.
 
 On a CPU, PyTorch hands fp32 products to a matrix library that chooses its kernel by shape and by address. Measured
-with MKL on AMD EPYC: where a thread has 1 row, the last bits depend on the address of the
-weights, and where it has 2 or 3, on that of the input. The same weights lie elsewhere when they come from disk, so
-products that small are padded with zero rows. Products in bfloat16 and float16 depend on no address.
+(`benchmarks/bits.py`) with MKL on an AMD EPYC with AVX2: where a thread has 1 row, the last bits depend on the address
+of the weights, and where it has 2 or 3, on that of the input. The same weights lie elsewhere when they come from disk,
+so products that small are padded with zero rows. Products in bfloat16 and float16 depend on no address.
+
+Two cases are not padded. Layers with 10 outputs or fewer depend on the address of the input for any number of rows;
+here inputs are results of other operations, which PyTorch puts at aligned addresses. Products of 5 to 7 rows and the
+like in float64, in which no network is run, depend on the address of the weights, which are aligned when loaded.
 """
 
 from __future__ import annotations

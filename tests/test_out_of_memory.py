@@ -22,7 +22,7 @@ from reelbatch.loading.load import load
 from reelbatch.loading.model import Model
 from reelbatch.video import read_video
 
-RUNS = int(os.environ.get("REELBATCH_FAULT_RUNS", "25"))
+RUNS = int(os.environ.get("REELBATCH_FAULT_RUNS", "16"))
 """Runs with random faults; the full measure is 200."""
 ERRORS: tuple[Callable[[], Exception], ...] = (
     MemoryError,

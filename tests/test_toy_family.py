@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from reelbatch import Video, VideoRequest
 from reelbatch.device import OutOfMemory
 from reelbatch.engine import flow
-from reelbatch.engine.engine import Engine, Failure
+from reelbatch.engine.engine import Engine, Failure, Progress
 from reelbatch.engine.fallback import Fallback
 from reelbatch.engine.planner import Planner
 from reelbatch.engine.runner import Runner
@@ -262,6 +262,28 @@ def test_what_never_fits_ends_alone(phase: Phase) -> None:
     for result in results.values():
         assert_alone(result)
     assert_alone(*make([request(1, width=20)]).values())  # and nothing is left changed
+
+
+def test_what_runs_out_beside_others_takes_no_step_twice() -> None:
+    engine, steps = Engine(MODEL, keep_latents=True), {"r0": [], "r1": []}
+
+    def note(progress: Progress) -> None:
+        if progress.phase == "denoise":
+            steps[progress.id].append(progress.step)
+
+    def check(phase: Phase, widths: list[int]) -> None:
+        if phase == "step" and 20 in widths and engine.running > 1 and len(steps["r1"]) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    engine.on_progress = note
+    for one in (request(0, steps=6), request(1, width=20, steps=5)):
+        engine.submit(one)
+    with checked(check):
+        results = ends(engine)
+    assert steps == {"r0": [1, 2, 3, 4, 5, 6], "r1": [1, 2, 3, 4, 5]}
+    assert list(results) == ["r0", "r1"]
+    for result in results.values():
+        assert_alone(result)
 
 
 def test_a_step_too_large_is_done_in_parts() -> None:

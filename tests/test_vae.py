@@ -106,7 +106,7 @@ def test_weights_hooks_and_flags_stay(vae):
 
 
 def test_tiles_are_an_argument_that_no_other_decode_sees(vae):
-    sample = latents(4, 2, 12, 12)
+    sample = latents(4, 7, 12, 12)  # more than one stretch of time, each of which looks at the tiles
     whole = reference(vae, sample)
     vae.enable_tiling(64, 64, tile_sample_stride_height=48, tile_sample_stride_width=48)
     tiled = reference(vae, sample)

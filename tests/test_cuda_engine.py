@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel
 
 from reelbatch import VideoRequest
 from reelbatch.demo.tokenizers import clip_tokenizer, llama_tokenizer
-from reelbatch.engine.engine import Engine
+from reelbatch.engine.engine import Engine, FailedRequests
 from reelbatch.loading.model import Model
 from reelbatch.loading.precision import Precision
 from reelbatch.loading.skeleton import hunyuanvideo_13b
@@ -98,7 +99,8 @@ def test_a_step_under_rules_waits_once_too(rule: str, tmp_path: Path, cuda: Trac
 
 def test_of_a_whole_video_only_checks_and_frames_come_back(tmp_path: Path, cuda: Trace) -> None:
     engine = Engine(model_of(tmp_path))
-    engine.generate(requests(1, steps=2))
+    with suppress(FailedRequests):  # frames that are fake may not become an array
+        engine.generate(requests(1, steps=2))
     copies = {place.file for kind, place in cuda.waits if kind == "copy from cuda to cpu"}
     assert copies == {"models/hunyuan_video/vae.py"}
     reads = {place.file for kind, place in cuda.waits if kind == "_local_scalar_dense" and place != ELSEWHERE}

@@ -44,9 +44,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
 
 
-def free_memory() -> None:
-    """Gives back what nobody holds any more: a failed step's activations, and what the allocators keep."""
-    gc.collect(1)  # the young: an error and its frames; looking through all that libraries hold takes most of a second
+def free_memory(whole: bool = False) -> None:
+    """Gives back what nobody holds any more: a failed step's activations, and what the allocators keep.
+
+    whole: whether old objects are looked through as well, such as a model that was let go. That takes most of a second;
+        an error and its frames are young.
+    """
+    gc.collect(2 if whole else 1)
     trim_heap()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -43,6 +43,7 @@ from pipelines import (
     with_transformer,
 )
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 import reelbatch
 
@@ -50,7 +51,8 @@ import reelbatch
 def live_bytes() -> int:
     """Of all tensors that the garbage collector knows, each storage once."""
     gc.collect()
-    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor) and thing.device.type == "cpu"]
+    things = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
+    tensors = [thing for thing in things if not isinstance(thing, FakeTensor) and thing.device.type == "cpu"]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 

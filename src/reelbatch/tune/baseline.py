@@ -21,7 +21,7 @@ def prepare(bench: Bench) -> None:
             measured.flops[shape] = flops()
     measured.matrix_flops = matrix_rate(model.device, model.family.dtype)
     bench.observe([shortened(max(shapes.values(), key=lambda request: request.pixels), 1)])
-    free_memory()
+    free_memory(whole=True)
     measured.held = bench.gauge.used()
     if bench.memory_limit is None:
         bench.memory_limit = bench.gauge.limit()

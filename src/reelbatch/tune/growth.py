@@ -65,7 +65,7 @@ class Growth:
         except DoesNotFit as error:
             if size == 1:
                 raise
-            free_memory()
+            free_memory(whole=True)
             return f"stopped before {size}: {error}"
         self._records[key] = Record(step_bytes=trace.peaks["step"])
         return None

@@ -110,7 +110,7 @@ def observe(
         engine.submit(request)
     held = 0
     if gauge is not None:
-        free_memory()
+        free_memory(whole=True)
         held = gauge.used()
     energy = joules() if joules else 0.0
     started = time.perf_counter()

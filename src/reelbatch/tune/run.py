@@ -98,7 +98,7 @@ class Tuning:
                 break
             if model is None or model.precision != dtype:
                 model = None  # the one before is let go first
-                free_memory()
+                free_memory(whole=True)
                 model = self._load(dtype)
             left = max(self.budget - self._seconds(), 0.0)
             self._sweep(model, workload, left / (len(runs) - number))

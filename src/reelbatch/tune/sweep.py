@@ -46,7 +46,7 @@ class Sweep(Bench):
             raise MemoryError(f"not even one video fits: {error}") from None
         finally:
             gc.unfreeze()
-        free_memory()
+        free_memory(whole=True)
         return self._result(check, interrupted)
 
     def run_alone(self) -> Alone | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from reelbatch.device import choose_device, held_bytes
+from reelbatch.device import choose_device, free_memory, held_bytes
 from reelbatch.loading.hub import DEMO_FOLDER, model_name
 from reelbatch.loading.identity import any_shape
 from reelbatch.loading.precision import Precision
@@ -51,7 +51,7 @@ def measure(folder: Path, device: torch.device, dtype: str) -> list[Peaks]:
     from reelbatch.engine.engine import Engine
     from reelbatch.engine.events import Event, Worked
     from reelbatch.loading.load import load
-    from reelbatch.memory.gauge import memory_of, tidy
+    from reelbatch.memory.gauge import memory_of
 
     # what was imported so far takes memory that is none of the model's
     before = held_bytes(device)
@@ -66,7 +66,7 @@ def measure(folder: Path, device: torch.device, dtype: str) -> list[Peaks]:
     videos = small_videos(engine.limits)
     results: list[Peaks] = []
     for request in [videos[0], *videos]:  # the first time, libraries are brought in
-        tidy(device)
+        free_memory(whole=True)
         peaks.clear()
         engine.generate([request.model_copy(update={"id": f"{request.id}-{len(results)}"})])
         results.append(dict(peaks))

@@ -116,10 +116,6 @@ class Sample:
             last_step=(seconds, len(ids)),
         )
 
-    def to(self, device: torch.device) -> Sample:
-        """With its tensors on a device."""
-        return replace(self, latents=self.latents.to(device), conditioning=self.conditioning.to(device))
-
     def save(self) -> SavedState:
         latents = self.latents.to("cpu", copy=True)
         return SavedState(self.step, latents, self.seconds, self.largest_batch, self.batch_mates)

@@ -16,7 +16,7 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from reelbatch.loading.parameter_names import KOHYA, to_diffusers, to_kohya
+from reelbatch.loading.parameter_names import to_diffusers, to_kohya
 
 if TYPE_CHECKING:
     from reelbatch.models.hunyuan_video.transformer import HunyuanVideoTransformer3DModel
@@ -255,9 +255,3 @@ def _alphas(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[st
             alpha = float(patterns.get(get_pattern_key(patterns, layer), config["lora_alpha"]))
             alphas[layer] = alpha * len(down) ** 0.5 if config.get("use_rslora") else alpha
     return alphas
-
-
-def is_kohya(path: Path) -> bool:
-    """Whether a LoRA file has kohya's names."""
-    with safe_open(path, "pt") as file:
-        return any(name.startswith(KOHYA) for name in file.keys())  # noqa: SIM118

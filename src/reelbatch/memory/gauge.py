@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 import time
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from typing import Protocol
 import psutil
 import torch
 
-from reelbatch.device import device_memory_bytes, trim_heap
+from reelbatch.device import device_memory_bytes
 
 SPARE = 0.95
 """The share of the free memory that measuring may take."""
@@ -117,12 +116,3 @@ def _high_water_mark() -> int | None:
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), None)
-
-
-def tidy(device: torch.device) -> None:
-    """Gives back what is free, so that the next peak is that of the next work alone."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    else:
-        trim_heap()

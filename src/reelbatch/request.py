@@ -264,7 +264,9 @@ class VideoRequest(BaseModel):
     def copies(self, count: int) -> list[VideoRequest]:
         """`count` requests that differ in seed (seed, seed + 1, …, within 64 bits) and id ("<id>-0", "<id>-1", …)."""
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise RequestError([Problem("copies", f"copies={shown(count)} must be a whole number, 1 or more; nearest: 1")])
+            raise RequestError(
+                [Problem("copies", f"copies={shown(count)} must be a whole number, 1 or more; nearest: 1")]
+            )
         room = MAX_ID_LENGTH - len(f"-{count - 1}")
         stem = self.id if len(self.id) <= room else f"{self.id[: room - 9]}~{secrets.token_hex(4)}"
         return [

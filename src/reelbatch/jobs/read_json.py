@@ -129,10 +129,10 @@ def _of_value(value: Any, twice: Sequence[str], where: str, at: Callable[[int], 
         renamed = {name: value[own] for name, own in own_names.items()}
         value = renamed | {name: own for name, own in value.items() if name not in skipped}
 
-    places = cache(partial(_places, text, start))  # many fields may be wrong
+    known_places = cache(partial(_places, text, start))  # many fields may be wrong
 
     def place(name: str) -> str:
-        index = places().get(own_names.get(name, name)) if text[start] == "{" else start
+        index = known_places().get(own_names.get(name, name)) if text[start] == "{" else start
         return where if index is None else at(index)
 
     return Entry(where, value, place=place)

@@ -10,29 +10,23 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import AutoencoderKLHunyuanVideo
 
 from reelbatch.device import choose_device
+from reelbatch.loading.configs import NETWORKS, check_config, shown_line, text_encoder_config
 from reelbatch.loading.hub import ModelFolderError
 from reelbatch.loading.inspection import ModelInfo, inspect
 from reelbatch.loading.lora import load_loras, lora_label
 from reelbatch.loading.model import Model
 from reelbatch.loading.precision import Precision
+from reelbatch.loading.stored import UNUSED
 from reelbatch.memory.placement import Offload, Placement, check_offload
 from reelbatch.models.hunyuan_video.family import HunyuanVideo
 from reelbatch.models.hunyuan_video.text import DEFAULT_TEMPLATE, TextEncoder
-from reelbatch.models.hunyuan_video.transformer import HunyuanVideoTransformer3DModel
 from reelbatch.models.hunyuan_video.vae import VideoDecoder
+from reelbatch.outside_json import read_object
 
 STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Dtypes by their names in safetensors files."""
-NETWORKS: dict[str, Any] = {
-    "transformer": HunyuanVideoTransformer3DModel,
-    "vae": AutoencoderKLHunyuanVideo,
-    "text_encoder": transformers.LlamaModel,
-    "text_encoder_2": transformers.CLIPTextModel,
-}
-"""The parts with weights, and the classes that they are loaded as."""
 
 
 def load(
@@ -100,21 +94,31 @@ def _load_networks(
                 local_files_only=True,
                 use_safetensors=True,
                 output_loading_info=True,
+                **_checked_config(info.folder, name),
                 **precision.loading(name),
             )
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ModelFolderError(f"{info.folder / name}: cannot be loaded: {error}") from error
-        if missing := sorted(report["missing_keys"]):
-            raise ModelFolderError(
-                f"{info.folder / name}: lacks {len(missing)} weights that the network needs, such as {missing[0]}; "
-                "download it again"
-            )
+        except MemoryError:
+            raise
+        except Exception as error:  # of any of the libraries
+            raise ModelFolderError(f"{info.folder / name}: cannot be loaded: {shown_line(str(error), 2000)}") from error
+        for keys, fault in (("missing_keys", "lacks"), ("unexpected_keys", "has unexpected")):
+            if names := sorted(name for name in report[keys] if not UNUSED.fullmatch(name)):
+                raise ModelFolderError(
+                    f"{info.folder / name}: {fault} {len(names)} weights, such as {names[0]}; download it again"
+                )
         if with_lora:
             load_loras(module, lora)
         networks[name] = module.eval().requires_grad_(False)
         # at once, so that no two networks are where one has room
         placement.take(name, module, dtype, HunyuanVideo.phases[name], name in HunyuanVideo.blockwise)
     return networks
+
+
+def _checked_config(folder: Path, component: str) -> dict[str, Any]:
+    """transformers reads no config.json by itself: any entry of it would become an attribute of the configuration."""
+    config, _ = check_config(component, read_object(folder / component / "config.json"))
+    own = text_encoder_config(component, config)
+    return {} if own is None else {"config": own}
 
 
 def _stored_dtype(stored_bytes: tuple[tuple[str, int], ...], dtype: torch.dtype) -> torch.dtype:
@@ -150,8 +154,11 @@ def _load_tokenizer(folder: Path, class_name: str) -> transformers.PreTrainedTok
     tokenizer = getattr(transformers, class_name)
     try:
         return tokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ModelFolderError(f"{folder}: the tokenizer cannot be loaded: {error}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # tokenizers raises Exception itself, and transformers whatever a wrong type leads to
+        reason = shown_line(" ".join(f"{type(error).__name__}: {error}".split()))
+        raise ModelFolderError(f"{folder}: the tokenizer cannot be loaded: {reason}; get it again") from error
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import clips
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from typer.testing import CliRunner
 
@@ -187,11 +187,12 @@ def test_two_processes_do_what_one_does_on_the_same_batch(tiny_folder: Path, dat
         for name, tensor in weights[0].items():
             torch.testing.assert_close(tensor, weights[1][name], rtol=1e-4, atol=1e-5)
     # under FSDP each process held half of the numbers, and wrote them into its checkpoint
-    saved = FileSystemReader(
-        tmp_path / "fsdp" / "checkpoints" / "step-0000003" / "pytorch_model_fsdp_0"
-    ).read_metadata()
+    folder = tmp_path / "fsdp" / "checkpoints" / "step-0000003" / "sharded"
+    saved = HuggingFaceStorageReader(str(folder)).read_metadata()
     held: Counter[str] = Counter()
     for name, tensor in saved.state_dict_metadata.items():
+        if not name.startswith("network."):
+            continue
         for chunk in tensor.chunks:
             file = saved.storage_data[MetadataIndex(name, chunk.offsets)].relative_path
             held[file] += chunk.sizes.numel()

@@ -224,7 +224,7 @@ class VideoRequest(BaseModel):
 
     if not TYPE_CHECKING:  # type checkers read the signature from the fields
 
-        def __init__(self, **fields: Any) -> None:
+        def __init__(self, /, **fields: Any) -> None:
             known = {name: value for name, value in fields.items() if name in FIELDS}
             problems: list[Problem] = []
             try:

@@ -68,7 +68,7 @@ def _in_process(
         os.close(reader)
         _serve(make, work, numbers, seed, kind, writer)
     os.close(writer)
-    number, rest = numbers.start, b""
+    number, rest, failed = numbers.start, b"", False
     try:
         while number < numbers.stop:
             if not select.select([reader], [], [], HUNG)[0]:
@@ -77,6 +77,8 @@ def _in_process(
                 log(f"{kind} {number} (seed {seed}): no end after {HUNG:g} s")
                 return number + 1
             data = os.read(reader, 2**16)
+            if not data and failed:  # what a failure leaves behind is none of the next case's
+                return number
             if not data:
                 counts["died"] += 1
                 log(f"{kind} {number} (seed {seed}): the process died")
@@ -85,7 +87,7 @@ def _in_process(
             for line in lines:
                 result, _, reason = line.decode().partition(" ")
                 counts[result] += 1
-                if result not in ("right", "refused"):
+                if failed := result not in ENDS[:2]:
                     log(f"{kind} {number} (seed {seed}): {result}: {reason}")
                 number += 1
         return number
@@ -120,6 +122,8 @@ def _serve(make: Callable[[Path, bytes], Case], work: Path, numbers: range, seed
                 result = "executed"
                 mark.rmdir()
             os.write(writer, f"{result}\n".encode())
+            if result not in ENDS[:2]:
+                return
     finally:
         os._exit(0)
 

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import struct
 import sys
@@ -266,7 +267,7 @@ class Loras:
             return "refused"
         own = self.network.state_dict()
         given = {
-            name.removeprefix("transformer.").replace(".weight", ".lora_0.weight"): tensor
+            re.sub(r"\.(weight|bias)$", r".lora_0.\1", re.sub(r"^(transformer|diffusion_model)\.", "", name)): tensor
             for name, tensor in load_file(self.path).items()
         }
         if all(".lora_A." in name or ".lora_B." in name for name in given):
@@ -297,7 +298,7 @@ class Loras:
         if draw.random() < 0.5:
             weights[name] = tensor
         changed, value = draw.choice(changes)()
-        weights[changed] = value.contiguous()
+        weights[changed] = value.contiguous().clone()
 
 
 PROMPTS = {

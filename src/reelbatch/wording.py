@@ -18,6 +18,12 @@ def shorten(text: str, width: int) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
+def shown_line(text: str, letters: int = 200) -> str:
+    """The beginning of what a library says, in a line."""
+    text = " ".join(text.split())
+    return text if len(text) <= letters else f"{text[: letters - 3]}..."
+
+
 def printable(text: str) -> str:
     """For a terminal and a log: no control characters, no escape sequences, no halves of characters."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

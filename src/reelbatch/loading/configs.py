@@ -18,6 +18,7 @@ from torch import nn
 
 from reelbatch.models.hunyuan_video.transformer import HunyuanVideoTransformer3DModel
 from reelbatch.request import shown
+from reelbatch.wording import shown_line
 
 NETWORKS: dict[str, Any] = {
     "transformer": HunyuanVideoTransformer3DModel,
@@ -227,7 +228,3 @@ def build(component: str, config: Mapping[str, Any]) -> nn.Module:
 def text_encoder_config(component: str, config: Mapping[str, Any]) -> transformers.PreTrainedConfig | None:
     """transformers' own form of a checked configuration; None for the networks of Diffusers."""
     return NETWORKS[component].config_class(**config) if component.startswith("text_encoder") else None
-
-
-def shown_line(text: str, letters: int = 200) -> str:
-    return text if len(text) <= letters else f"{text[: letters - 3]}..."

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from reelbatch.attention import rule_names
 from reelbatch.device import choose_device, device_memory_bytes
-from reelbatch.loading.configs import build, check_config, code_faults, shown_line, validation_faults
+from reelbatch.loading.configs import build, check_config, code_faults, validation_faults
 from reelbatch.loading.hub import REAL_MODEL, ModelFolderError, model_name
 from reelbatch.loading.layout import CLASSES, OTHER_SCHEDULES, WEIGHTS
 from reelbatch.loading.precision import Precision
@@ -26,7 +26,7 @@ from reelbatch.memory.placement import Offload
 from reelbatch.models.hunyuan_video.text import PromptTemplate
 from reelbatch.outside_json import read_object
 from reelbatch.request import ModelLimits, RequestDefaults, RequestError, VideoRequest, shown
-from reelbatch.wording import printable
+from reelbatch.wording import printable, shown_line
 
 
 class FolderProfile(BaseModel):

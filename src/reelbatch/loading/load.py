@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from reelbatch.device import choose_device
-from reelbatch.loading.configs import NETWORKS, check_config, shown_line, text_encoder_config
+from reelbatch.loading.configs import NETWORKS, check_config, text_encoder_config
 from reelbatch.loading.hub import ModelFolderError
 from reelbatch.loading.inspection import ModelInfo, inspect
 from reelbatch.loading.lora import load_loras, lora_label
@@ -24,6 +24,7 @@ from reelbatch.models.hunyuan_video.family import HunyuanVideo
 from reelbatch.models.hunyuan_video.text import DEFAULT_TEMPLATE, TextEncoder
 from reelbatch.models.hunyuan_video.vae import VideoDecoder
 from reelbatch.outside_json import read_object
+from reelbatch.wording import shown_line
 
 STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Dtypes by their names in safetensors files."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from reelbatch.loading.lora_settings import PREFIX, adapter_config, check_scale, for_peft
 from reelbatch.loading.parameter_names import to_diffusers, to_kohya
 from reelbatch.loading.stored import FLOATS
-from reelbatch.wording import printable
+from reelbatch.wording import printable, shown_line
 
 if TYPE_CHECKING:
     from reelbatch.models.hunyuan_video.transformer import HunyuanVideoTransformer3DModel
@@ -115,12 +115,16 @@ def _read(path: Path, transformer: nn.Module) -> tuple[dict[str, Tensor], dict[s
     try:
         converted = to_diffusers(weights, layer_widths(transformer))
     except ValueError as error:
-        raise LoraError(f"{path}: {error}") from None
+        raise LoraError(f"{path}: {shown_line(str(error), 1000)}") from None
     if faults := _faults(converted, transformer):
         more = f", and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
         raise LoraError(f"{path}: is no LoRA of this model: {'; '.join(faults[:SHOWN])}{more}")
     ranks = {_layer(name): len(tensor) for name, tensor in converted.items() if name.endswith(SUFFIXES[0])}
     dora, bias = (any(name.endswith(suffix) for name in converted) for suffix in SUFFIXES[2:])
+    if bias:  # PEFT would warn of those that are missing
+        outputs = layer_widths(transformer)
+        absent = {f"{PREFIX}{layer}{SUFFIXES[3]}": layer for layer in ranks}
+        converted = {name: torch.zeros(outputs[layer]) for name, layer in absent.items()} | converted
     try:
         return converted, adapter_config(known, ranks, dora=dora, bias=bias)
     except ValueError as error:
@@ -148,7 +152,7 @@ def _read_file(path: Path, transformer: nn.Module) -> tuple[dict[str, Tensor], d
     except LoraError:
         raise
     except (OSError, SafetensorError, ValueError) as error:
-        raise LoraError(f"{path}: is no whole safetensors file ({error})") from None
+        raise LoraError(f"{path}: is no whole safetensors file ({shown_line(str(error))})") from None
 
 
 def _layer(name: str) -> str:

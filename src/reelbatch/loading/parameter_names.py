@@ -92,7 +92,9 @@ def to_diffusers(weights: Mapping[str, Tensor], outputs: Mapping[str, int]) -> d
     Raises:
         ValueError: for names or shapes of no layer of this network.
     """
-    weights = {_without_prefix(name): tensor for name, tensor in weights.items()}
+    given, weights = len(weights), {_without_prefix(name): tensor for name, tensor in weights.items()}
+    if len(weights) < given:
+        raise ValueError(f"{given - len(weights)} weights are there twice, under names with another beginning")
     kohya = any(name.startswith(KOHYA) for name in weights)
     ours = not kohya and not any(re.match(r"(double|single)_blocks\.|txt_in\.", name) for name in weights)
     if ours:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from reelbatch.outside_json import parse
+from reelbatch.wording import shown_line
 
 MOST_HEADER_BYTES = 100_000_000
 """What the safetensors library reads at most."""
@@ -64,15 +65,19 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
                 for begin, end in [entry["data_offsets"]]
             }
             expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError, LookupError) as error:
-            raise ValueError(f"has a damaged header ({error})") from None
+        except (ValueError, TypeError, AttributeError, LookupError) as error:
+            raise _damaged(error) from None
     if size < expected:
         raise ValueError(f"is cut short: {size} of {expected} bytes")
     try:
         with safe_open(file, "pt"):  # it checks types, sizes and places of all tensors
             return tensors
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"has a damaged header ({error})") from None
+        raise _damaged(error) from None
+
+
+def _damaged(error: Exception) -> ValueError:
+    return ValueError(f"has a damaged header ({shown_line(str(error))})")
 
 
 def differences(stored: Mapping[str, StoredTensor], network: nn.Module, text_encoder: bool) -> list[str]:

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from reelbatch.cli.common import SOME_FAILED, app
+from reelbatch.wording import printable
 
 if TYPE_CHECKING:
     from reelbatch.loading.inspection import ModelInfo
@@ -103,7 +104,7 @@ def _show_info(info: ModelInfo, device: str, dtype: str) -> None:
     answer = Console()
     answer.print(table)
     if info.profile.about:
-        answer.print(info.profile.about, markup=False)
+        answer.print(printable(info.profile.about), markup=False)
     d = info.limits.defaults
     answer.print(
         f"by default {d.width}×{d.height}, {d.frames} frames, {d.steps} steps, guidance {d.guidance}, "

@@ -60,7 +60,7 @@ Token = Annotated[int, Field(ge=-1, le=2**22)]
 Positive = Annotated[float, Field(gt=0, le=1e9)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(max_length=60)]
-RopeValue = bool | float | Name | None | Annotated[list[float], Field(max_length=1024)]
+RopeValue = bool | int | float | Name | None | Annotated[list[float], Field(max_length=1024)]
 
 
 class _Config(BaseModel):

@@ -130,12 +130,20 @@ def _stored_dtype(stored_bytes: tuple[tuple[str, int], ...], dtype: torch.dtype)
 
 def _text_encoder(info: ModelInfo, networks: dict[str, Any]) -> TextEncoder:
     classes = {component.name: component.class_name for component in info.components}
+    tokenizers = []
+    for name, network in (("tokenizer", networks["text_encoder"]), ("tokenizer_2", networks["text_encoder_2"])):
+        tokenizers.append(_load_tokenizer(info.folder / name, classes[name]))
+        if (last := max(tokenizers[-1].get_vocab().values(), default=0)) >= network.config.vocab_size:
+            count = network.config.vocab_size
+            raise ModelFolderError(
+                f"{info.folder / name}: has a token {last}, and the text encoder has {count}: parts of two models"
+            )
     try:
         return TextEncoder(
             networks["text_encoder"],
-            _load_tokenizer(info.folder / "tokenizer", classes["tokenizer"]),
+            tokenizers[0],
             networks["text_encoder_2"],
-            _load_tokenizer(info.folder / "tokenizer_2", classes["tokenizer_2"]),
+            tokenizers[1],
             info.profile.prompt_template or DEFAULT_TEMPLATE,
         )
     except ModelFolderError:

@@ -35,7 +35,7 @@ from fuzz_cases import Case, Loras, Models, Planted, Prompts, Wrong, one_request
 from reelbatch.loading.hub import DEMO_FOLDER
 from reelbatch.loading.load import load
 
-SECONDS, BYTES, HUNG = 10.0, 2 * 2**30, 120.0
+SECONDS, BYTES, HUNG = 10.0, 2 * 2**30, 120
 """Most processor time and memory of a case, and the time after which its process is killed."""
 ENDS = ("right", "refused", "wrong", "other", "executed", "slow", "memory", "died")
 
@@ -68,13 +68,17 @@ def _in_process(
         os.close(reader)
         _serve(make, work, numbers, seed, kind, writer)
     os.close(writer)
-    number, rest, failed = numbers.start, b"", False
+    number, rest, failed, silent = numbers.start, b"", False, 0
     try:
         while number < numbers.stop:
-            if not select.select([reader], [], [], HUNG)[0]:
+            ready = bool(select.select([reader], [], [], 1.0)[0])
+            silent = 0 if ready else silent + 1  # seconds in which this process ran: all may be stopped for a while
+            if not ready and silent < HUNG:
+                continue
+            if not ready:
                 os.kill(child, signal.SIGKILL)
                 counts["slow"] += 1
-                log(f"{kind} {number} (seed {seed}): no end after {HUNG:g} s")
+                log(f"{kind} {number} (seed {seed}): no end after {HUNG} s")
                 return number + 1
             data = os.read(reader, 2**16)
             if not data and failed:  # what a failure leaves behind is none of the next case's

@@ -209,6 +209,7 @@ CHOICES: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "a wide template": ("reelbatch.json", {"prompt_template": {"template": "{:>999999999}"}}, "must hold exactly one"),
     "attributes": ("reelbatch.json", {"prompt_template": {"template": "{.__class__}"}}, "must hold exactly one"),
+    "many faults": ("reelbatch.json", {"about": 0} | {str(i): 0 for i in range(50)}, "and 31 more faults"),
     "escape sequences": ("reelbatch.json", {"\x1b[31m": 1}, r"\\x1b\[31m: Extra inputs"),
 }
 
@@ -217,7 +218,7 @@ CHOICES: dict[str, tuple[str, dict[str, Any], str]] = {
 def test_what_a_configuration_may_not_say(folder: Path, file: str, changes: dict[str, Any], message: str) -> None:
     edit(folder / file, **changes)
     info = inspect(folder)
-    assert len(info.problems) == 1, info.problems
+    assert len(info.problems) in (1, 21), info.problems
     assert len(info.problems[0]) < 1000
     with pytest.raises(ModelFolderError, match=message) as caught:
         load(folder, "cpu")
@@ -269,7 +270,7 @@ def test_an_index_names_files_beside_it_only(folder: Path, shard: object) -> Non
 LAYER = "transformer.transformer_blocks.0.attn.to_q"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def network() -> HunyuanVideoTransformer3DModel:
     return _network()
 

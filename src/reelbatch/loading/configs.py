@@ -52,6 +52,8 @@ CODE_ENTRIES = {
 }
 """Entries by which a library would take code, a kernel or a file that nobody asked for: refused unless empty."""
 
+SHOWN_FAULTS = 20
+
 Layers = Annotated[int, Field(ge=0, le=256)]
 Width = Annotated[int, Field(ge=1, le=2**17)]
 Channels = Annotated[int, Field(ge=1, le=2**13)]
@@ -193,12 +195,14 @@ def _entries(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def validation_faults(error: ValidationError) -> list[str]:
-    """pydantic's errors, a line each."""
+    """pydantic's errors, a line each; of very many, the first ones and how many more there are."""
     lines = []
-    for fault in error.errors():
+    for fault in error.errors()[:SHOWN_FAULTS]:
         field = ".".join(str(part) for part in fault["loc"])
         message = fault["msg"].removeprefix("Value error, ")
-        lines.append(f"{field}: {message}; got {shown(fault['input'])}" if field else message)
+        lines.append(f"{shown_line(field)}: {message}; got {shown(fault['input'])}" if field else message)
+    if (more := error.error_count() - SHOWN_FAULTS) > 0:
+        lines.append(f"and {more} more faults of this kind")
     return lines
 
 

@@ -169,6 +169,8 @@ def _show_plan(result: Answer) -> None:
     if setup.held:
         show(f"besides, this process holds {setup.held / 2**30:.2f} GiB before a model is loaded")
     show(result.verdict, None if result.fits else "red")
+    if not result.fits and setup.model.device.type == "cpu":
+        show("planned for this machine's CPU; a graphics card is planned for by its name: --on rtx4090")
     for number, remedy in enumerate(result.remedies):
         start = "what would make it fit as it is set, the cheapest first: " if number == 0 else "  or: "
         show(f"{start}{', '.join(remedy.changes)} (estimated peak {remedy.peak / 2**30:.2f} GiB)")

@@ -122,7 +122,7 @@ class Answer:
             "reliefs": [
                 {"phase": outcome.phase, "relief": outcome.relief, "peak": outcome.peak, "exact": outcome.exact}
                 for outcome in self.outcomes
-                if outcome.relief and self.loads
+                if outcome.relief and self.fits
             ],
             "largest_batch": self.largest_batch,
             "remedies": [{"changes": list(remedy.changes), "peak": remedy.peak} for remedy in self.remedies],

@@ -37,7 +37,7 @@ class Outcome(NamedTuple):
     exact: bool = True
 
 
-class _Try(NamedTuple):
+class Try(NamedTuple):
     """A setup in which a phase is tried (None: on another device), and bytes that lie beside it meanwhile."""
 
     setup: Setup | None
@@ -66,7 +66,7 @@ def _within_limit(setup: Setup, limit: int) -> tuple[Outcome, ...]:
 def _on_device(setup: Setup, phase: Phase, available: int) -> Outcome:
     """The first try that fits, else the one that takes least."""
     tried: list[Outcome] = []
-    for one in _tries(setup, phase):
+    for one in tries(setup, phase):
         peak = one.beside + (one.setup.phase_bytes(phase) if one.setup else setup.held)
         tried.append(Outcome(phase, peak, peak <= available, one.relief, one.exact))
         if tried[-1].fits:
@@ -74,9 +74,9 @@ def _on_device(setup: Setup, phase: Phase, available: int) -> Outcome:
     return min(tried, key=lambda outcome: outcome.peak)
 
 
-def _tries(setup: Setup, phase: Phase) -> Iterator[_Try]:
-    """As the engine goes through them."""
-    yield _Try(setup)
+def tries(setup: Setup, phase: Phase) -> Iterator[Try]:
+    """What the engine tries, one after the other: first as it is set."""
+    yield Try(setup)
     family, device, alone = setup.estimator.family, setup.model.device, setup
     beside, start = 0, ""
     if phase == "step":
@@ -84,15 +84,15 @@ def _tries(setup: Setup, phase: Phase) -> Iterator[_Try]:
             alone = replace(setup, batch_size=-(-alone.batch_size // 2))  # as `Planner.halves`
             beside = (setup.batch_size - alone.batch_size) * setup.estimator.latent_bytes(setup.request)
             start = f"in parts of {alone.batch_size} video{'s' if alone.batch_size > 1 else ''}"
-            yield _Try(alone, start, beside=beside)
+            yield Try(alone, start, beside=beside)
     parts = [(family.phases[name], name in family.blockwise) for name in family.parts]
-    tries = []
+    further = []
     for kind in relief_kinds(phase, parts, setup.offload, device, storable=not setup.precision.int8):
         words = ", ".join(filter(None, (start, relief_words(kind, device))))
         changed = replace(alone, offload=WHERE[kind]) if kind in WHERE else None
-        tries.append(_Try(changed, words, kind != "cpu", beside))
+        further.append(Try(changed, words, kind != "cpu", beside))
     if phase == "decode":
         for side in smaller_tiles(family.tile_side(setup.request)):
             tiled = setup.request.model_copy(update={"vae_tiling": side})
-            tries.append(_Try(replace(setup, request=tiled), tile_words(side), exact=False))
-    yield from sorted(tries, key=lambda one: not one.exact)
+            further.append(Try(replace(setup, request=tiled), tile_words(side), exact=False))
+    yield from sorted(further, key=lambda one: not one.exact)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tuning import call, profile
 
+from reelbatch.cli.options import EngineOptions
+from reelbatch.cli.run import plan_of
 from reelbatch.device import cache_folder
 from reelbatch.loading.hashing import weights_hash
 from reelbatch.loading.inspection import inspect
 from reelbatch.loading.lora import LoraError
+from reelbatch.request import VideoRequest
 from reelbatch.tune import profiles
 
 
@@ -176,6 +180,23 @@ def test_a_lora_is_part_of_the_identity_by_its_bytes_and_scale(
         assert "with others, or other scales" in profiles.find(with_loras(*loras)).refused
     with pytest.raises(LoraError, match=r"none\.safetensors: cannot be read"):
         with_loras((tmp_path / "none.safetensors", 1.0))
+
+
+def test_a_run_with_a_lora_goes_by_no_profile_without_one(tiny_folder: Path, cache: Path, tmp_path: Path) -> None:
+    lora = tmp_path / "style.safetensors"
+    lora.write_bytes(b"weights")
+    info = inspect(tiny_folder)
+    requests = [VideoRequest(prompt=prompt, frames=5).for_model(info.limits) for prompt in ("a cat", "a dog")]
+    profiles.store(profile(profiles.identity(tiny_folder, info.name, "32×32×5", device="cpu"), exact_batch_size=3))
+    options = EngineOptions(model=str(tiny_folder), device="cpu")
+    assert plan_of(options, requests, info).config.max_batch_size == 3
+    plan = plan_of(replace(options, lora=[f"{lora}:0.8"]), requests, info)
+    assert plan.config.max_batch_size == 8
+    assert "it was measured with no LoRA, and this is with 1 LoRA; run `reelbatch tune`" in plan.advice
+    with_lora = profiles.identity(tiny_folder, info.name, "32×32×5", device="cpu", loras=[(lora, 0.8)])
+    profiles.store(profile(with_lora, exact_batch_size=4))
+    assert plan_of(replace(options, lora=[f"{lora}:0.8"]), requests, info).config.max_batch_size == 4
+    assert plan_of(options, requests, info).config.max_batch_size == 3
 
 
 # -- forgetting ------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import warnings
 from collections.abc import Iterator
@@ -55,6 +56,23 @@ def _app(
 
 def say(text: str, style: str | None = None) -> None:
     console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def command_again(context: typer.Context, **changed: Any) -> str:
+    """The command that is running, as a person types it.
+
+    Args:
+        changed: values of parameters that are to be others; None leaves an option out.
+    """
+    words = ["reelbatch", str(context.info_name)]
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        value = changed.get(name, context.params[name])
+        if value is None or value is False or value == parameter.default:
+            continue
+        for one in value if isinstance(value, list | tuple) else [value]:
+            words += [parameter.opts[0]] if one is True else [parameter.opts[0], str(one)]
+    return shlex.join(words)
 
 
 @contextmanager

@@ -31,6 +31,12 @@ Dtype = Annotated[
 AttentionOption = Annotated[
     str, typer.Option(help="Attention kernel: auto, or a name that `doctor` shows.", rich_help_panel=ENGINE)
 ]
+LoraOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A LoRA file, as style.safetensors or style.safetensors:0.8; may be repeated.", rich_help_panel=ENGINE
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -120,12 +126,7 @@ class EngineOptions:
         str | None,
         typer.Option(help="Memory that the run may hold, as 20GiB; videos wait for it.", rich_help_panel=ENGINE),
     ] = None
-    lora: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A LoRA file, as style.safetensors or style.safetensors:0.8; may be repeated.", rich_help_panel=ENGINE
-        ),
-    ] = None
+    lora: LoraOption = None
     offload: Annotated[
         Literal["none", "component", "block"] | None,
         typer.Option(

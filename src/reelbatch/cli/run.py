@@ -83,7 +83,15 @@ def _identities(config: EngineConfig, info: ModelInfo, requests: Sequence[VideoR
     from reelbatch.loading.identity import identity
     from reelbatch.tune.workload import shape_class, shape_of
 
-    about = identity(info.folder, info.name, "", device=config.device, dtype=config.dtype, attention=config.attention)
+    about = identity(
+        info.folder,
+        info.name,
+        "",
+        device=config.device,
+        dtype=config.dtype,
+        attention=config.attention,
+        loras=config.loras,
+    )
     kinds = [shape_class(requests), *sorted({shape_of(request) for request in requests})]
     return [about.model_copy(update={"shapes": kind}) for kind in kinds]
 

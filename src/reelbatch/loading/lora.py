@@ -62,15 +62,19 @@ def _checked_scale(scale: float, name: str) -> float:
 
 
 def lora_label(path: str | Path, scale: float) -> str:
-    """What to call a LoRA: its file's name, its scale, and the beginning of the SHA-256 of its bytes."""
+    """What to call a LoRA: its file's name, its scale, and the beginning of its hash. Raises LoraError."""
+    return f"{Path(path).name}:{scale:g} ({lora_hash(path)[:12]})"
+
+
+def lora_hash(path: str | Path) -> str:
+    """The SHA-256 of a LoRA file's bytes. Raises LoraError for a file that cannot be read."""
     try:
         about = Path(path).stat()
-        digest = _file_hash(Path(path).absolute(), about.st_size, about.st_mtime_ns)
+        return _file_hash(Path(path).absolute(), about.st_size, about.st_mtime_ns)
     except OSError as error:
         raise LoraError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:  # no path, such as one with a NUL
         raise LoraError(f"{path}: cannot be read: {error}") from None
-    return f"{Path(path).name}:{scale:g} ({digest[:12]})"
 
 
 @cache

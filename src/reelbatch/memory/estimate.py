@@ -129,7 +129,9 @@ class Estimator:
 
     def text(self, request: VideoRequest) -> int:
         """Encoding the longest text that is read."""
-        return self._margin.added_to(self._texts(_alike(request)))
+        limits = self.family.limits
+        smallest = {"height": limits.spatial_stride, "width": limits.spatial_stride, "frames": 1, "vae_tiling": None}
+        return self._margin.added_to(self._texts(_alike(request).model_copy(update=smallest)))  # whatever its size
 
     def step(self, requests: Sequence[VideoRequest]) -> int:
         """A step that these requests share, with what is kept of each between steps.

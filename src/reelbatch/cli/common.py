@@ -40,9 +40,6 @@ class SafeConsole(Console):
 
 
 console = SafeConsole(stderr=True)
-"""For what a command says while it works."""
-answer = SafeConsole()
-"""For what it was asked for."""
 
 REQUEST = "What each video is (a prompt file's line may say otherwise)"
 ENGINE = "How it runs"

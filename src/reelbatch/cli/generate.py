@@ -10,7 +10,7 @@ import typer
 
 from reelbatch.cli.common import OUTPUT, app, nothing_begun, warnings_as_lines
 from reelbatch.cli.options import EngineOptions, RequestOptions, with_options
-from reelbatch.cli.run import Errand, make, plan_of, ready, warn
+from reelbatch.cli.run import JobSpec, make, plan_of, ready, warn
 from reelbatch.cli.seeds import choose_seed
 
 
@@ -60,11 +60,11 @@ def generate(
         seed, drawn = choose_seed(asked.seed, out)
         requests = make_requests(entries, asked.request_fields, first_seed=seed, limits=info.limits)
         plan = plan_of(options, requests, info)
-        errand = Errand(plan, out, overwrite=overwrite, random_seed=seed if drawn else None)
+        spec = JobSpec(plan, out, overwrite=overwrite, random_seed=seed if drawn else None)
         warn(requests, info)
-        engine = ready(errand)
+        engine = ready(spec)
     with warnings_as_lines():
-        code = make(errand, engine, as_json=as_json)
+        code = make(spec, engine, as_json=as_json)
     raise typer.Exit(code)
 
 

@@ -14,7 +14,7 @@ from rich.live import Live
 from reelbatch.cli.common import (
     OUTPUT,
     SOME_FAILED,
-    answer,
+    SafeConsole,
     app,
     check_writable,
     console,
@@ -24,8 +24,8 @@ from reelbatch.cli.common import (
 )
 from reelbatch.cli.job_views import show_outlook, status_record, status_table
 from reelbatch.cli.options import EngineOptions, RequestOptions, with_options
-from reelbatch.cli.run import Errand, draw_sheet, make, outlook, plan_of, ready, warn
-from reelbatch.cli.seeds import choose_seed
+from reelbatch.cli.run import JobSpec, draw_sheet, make, outlook, plan_of, ready, warn
+from reelbatch.cli.seeds import choose_seed, stored_seed
 
 if TYPE_CHECKING:
     from reelbatch.jobs.job import Mode
@@ -126,6 +126,7 @@ def run(
         raise ValueError("--add and --as-new were given; --add keeps what is there, --as-new does not: give one")
     mode: Mode = "add" if add else "new" if as_new else "resume"
     with warnings_as_lines(), nothing_begun():
+        from reelbatch.jobs.job import JobChanged
         from reelbatch.jobs.naming import vbench_problems
         from reelbatch.jobs.prompts import make_requests, named_after, only_those, read_entries, shuffled
         from reelbatch.loading.hub import resolve
@@ -135,24 +136,34 @@ def run(
         entries = read_entries(prompts)
         if names_from is not None:
             entries = named_after(entries, names_from)
+
+        def spec_of(seed: int) -> JobSpec:
+            requests = make_requests(entries, asked.request_fields, first_seed=seed, limits=info.limits)
+            requests = only_those(requests, only or [])
+            requests = (shuffled(requests, seed) if shuffle else requests)[:limit]
+            if not requests:
+                raise ValueError(f"--only {' --only '.join(only or [])} leaves none of the prompts in {prompts}")
+            plan = plan_of(options, requests, info)
+            return JobSpec(plan, out, manifest, mode, naming, random_seed=seed if drawn else None)
+
         seed, drawn = choose_seed(asked.seed, out, manifest, mode)
-        requests = make_requests(entries, asked.request_fields, first_seed=seed, limits=info.limits)
-        requests = only_those(requests, only or [])
-        requests = (shuffled(requests, seed) if shuffle else requests)[:limit]
-        if not requests:
-            raise ValueError(f"--only {' --only '.join(only or [])} leaves none of the prompts in {prompts}")
-        plan = plan_of(options, requests, info)
-        errand = Errand(plan, out, manifest, mode, naming, random_seed=seed if drawn else None)
-        warn(requests, info)
+        spec = spec_of(seed)
+        warn(spec.plan.requests, info)
         if naming == "vbench":
-            for problem in vbench_problems(requests):
+            for problem in vbench_problems(spec.plan.requests):
                 say(f"warning: {problem}", style="yellow")
         if dry_run:
-            show_outlook(outlook(errand), as_json)
+            show_outlook(outlook(spec), as_json)
             return
-        engine = ready(errand)
+        engine = ready(spec)
     with warnings_as_lines():
-        code = make(errand, engine, as_json=as_json)
+        try:
+            code = make(spec, engine, as_json=as_json)
+        except JobChanged:
+            other = stored_seed(out, manifest, mode) if drawn else None
+            if other is None or other == seed:
+                raise
+            code = make(spec_of(other), engine, as_json=as_json)  # another run that began at once drew it first
     raise typer.Exit(code)
 
 
@@ -170,9 +181,9 @@ def status(
         typer.echo(json.dumps(status_record(opened)))
         return
     if not watch:
-        answer.print(status_table(opened))
+        SafeConsole().print(status_table(opened))
         return
-    with Live(status_table(opened), console=answer, auto_refresh=False) as live:
+    with Live(status_table(opened), console=SafeConsole(), auto_refresh=False) as live:
         while True:
             live.update(status_table(opened), refresh=True)
             time.sleep(WATCH_SECONDS)

@@ -11,7 +11,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from reelbatch.cli.common import answer
+from reelbatch.cli.common import SafeConsole
 from reelbatch.wording import duration
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ def show_outlook(outlook: Outlook, as_json: bool) -> None:
     table = Table("videos", "size", "frames", "steps", "branches", box=None, padding=(0, 2, 0, 0))
     for kind, count in outlook.kinds.items():
         table.add_row(f"{count:,}", f"{kind.width}×{kind.height}", *map(str, (kind.frames, kind.steps, kind.branches)))
+    answer = SafeConsole()
     answer.print(table)
     there = f" ({outlook.kept:,} of them are made already)" if outlook.kept else ""
     time_ = f"about {duration(outlook.seconds)}" if outlook.seconds is not None else "unknown"

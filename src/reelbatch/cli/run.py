@@ -108,7 +108,7 @@ def open_engine(config: EngineConfig) -> Engine:
 
 
 @dataclass(frozen=True)
-class Errand:
+class JobSpec:
     """What is to be made where.
 
     Attributes:
@@ -131,7 +131,7 @@ class Errand:
         return settings_of(self.plan.config, self.plan.info, self.naming)
 
 
-def foresee(errand: Errand) -> Job:
+def foresee(spec: JobSpec) -> Job:
     """The job as it will be opened. Refuses all that can be refused without a model; writes nothing.
 
     Raises:
@@ -141,43 +141,50 @@ def foresee(errand: Errand) -> Job:
     """
     from reelbatch.jobs.job import forecast
     from reelbatch.jobs.manifest import Manifest
+    from reelbatch.loading.load import check
 
-    check_writable(errand.out)
-    settings, there = errand.settings, Manifest.existing(errand.out, errand.url)
-    return forecast(there, errand.out, errand.plan.requests, settings, mode=errand.mode, overwrite=errand.overwrite)
+    check_writable(spec.out)
+    plan, there = spec.plan, Manifest.existing(spec.out, spec.url)
+    how: dict[str, Any] = {"mode": spec.mode, "overwrite": spec.overwrite}
+    job = forecast(there, spec.out, plan.requests, spec.settings, **how)
+    if job.open:
+        config = plan.config
+        quiet_libraries()
+        check(plan.info.folder, config.device, config.dtype, config.offload, config.loras)
+    return job
 
 
-def outlook(errand: Errand) -> Outlook:
+def outlook(spec: JobSpec) -> Outlook:
     """What a run will say and take, refusals included; nothing is loaded but what is checked."""
     from reelbatch.jobs.manifest import Manifest
     from reelbatch.jobs.outlook import look_ahead
 
-    job = foresee(errand)
+    job = foresee(spec)
     for line in earlier(job):
         say(line)
-    if job.open and errand.plan.advice:
-        say(errand.plan.advice)
-    there = Manifest.existing(errand.out, errand.url)
+    if job.open and spec.plan.advice:
+        say(spec.plan.advice)
+    there = Manifest.existing(spec.out, spec.url)
     rows = there.rows() if there else []
-    free = disk_usage(next(folder for folder in (errand.out, *errand.out.resolve().parents) if folder.exists())).free
-    return look_ahead(job, rows, errand.plan.config.max_batch_size, measured(errand.plan), free)
+    free = disk_usage(next(folder for folder in (spec.out, *spec.out.resolve().parents) if folder.exists())).free
+    return look_ahead(job, rows, spec.plan.config.max_batch_size, measured(spec.plan), free)
 
 
-def ready(errand: Errand) -> Engine | None:
+def ready(spec: JobSpec) -> Engine | None:
     """The engine that makes what is missing; None where nothing is. Writes nothing.
 
     Raises:
         Exception: as `foresee`, and whatever keeps the model from being loaded.
     """
-    if not foresee(errand).open:
+    if not foresee(spec).open:
         return None
-    if errand.plan.advice:
-        say(errand.plan.advice)
-    say(f"loading {errand.plan.info.name}")
-    return open_engine(errand.plan.config)
+    if spec.plan.advice:
+        say(spec.plan.advice)
+    say(f"loading {spec.plan.info.name}")
+    return open_engine(spec.plan.config)
 
 
-def make(errand: Errand, engine: Engine | None, *, as_json: bool = False) -> int:
+def make(spec: JobSpec, engine: Engine | None, *, as_json: bool = False) -> int:
     """Makes what is missing, says how each request ended, draws report and contact sheet; returns the exit code.
 
     Args:
@@ -189,17 +196,15 @@ def make(errand: Errand, engine: Engine | None, *, as_json: bool = False) -> int
     from reelbatch.jobs.report import write_report
     from reelbatch.jobs.worker import Worker
 
-    plan, out, settings = errand.plan, errand.out, errand.settings
+    plan, out, settings = spec.plan, spec.out, spec.settings
     notes: dict[str, Any] = {"command": sys.argv[1:]}
-    if errand.random_seed is not None:
-        notes["random_seed"] = errand.random_seed
+    if spec.random_seed is not None:
+        notes["random_seed"] = spec.random_seed
     failed = 0
     with interruptible() as interrupted:
         out.mkdir(parents=True, exist_ok=True)
-        manifest = Manifest.in_folder(out, errand.url)
-        job = open_job(
-            manifest, out, plan.requests, settings, mode=errand.mode, overwrite=errand.overwrite, notes=notes
-        )
+        manifest = Manifest.in_folder(out, spec.url)
+        job = open_job(manifest, out, plan.requests, settings, mode=spec.mode, overwrite=spec.overwrite, notes=notes)
         for line in earlier(job):
             say(line)
         if job.open:
@@ -212,8 +217,8 @@ def make(errand: Errand, engine: Engine | None, *, as_json: bool = False) -> int
                 job.number,
                 out,
                 weights=settings.weights,
-                overwrite=errand.overwrite,
-                sidecars=errand.naming != "vbench",
+                overwrite=spec.overwrite,
+                sidecars=spec.naming != "vbench",
                 checkpoint_every=plan.checkpoint_every,
                 stopping=lambda: bool(interrupted),
             )

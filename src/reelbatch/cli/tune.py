@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 
 from reelbatch.cli.common import (
     BOUNDS,
@@ -17,6 +16,7 @@ from reelbatch.cli.common import (
     MEASURED,
     OUTPUT,
     SOME_FAILED,
+    SafeConsole,
     app,
     check_writable,
     console,
@@ -131,7 +131,7 @@ def tune(
     several = [dtype] if dtypes is None else parse_dtypes(dtypes)
     config = EngineConfig(model=model, device=device, attention=attention)
     info, workloads = _workloads(model, shape or [], prompt_file, steps, true_cfg, max_batch)
-    check_writable(out)
+    check_writable(out, "page")
     quiet_libraries()
     with warnings_as_lines(), interruptible() as interrupted, display(console) as show_update:
         report = Tuning(
@@ -151,7 +151,7 @@ def tune(
     if as_json:
         typer.echo(json.dumps(record(report)))
     else:
-        answer = Console()
+        answer = SafeConsole()
         answer.print(terminal(report, answer.width))
     say(f"page: {files['html']}; figures: {files['json']}")
     if interrupted:
@@ -238,5 +238,5 @@ def _show_profiles(as_json: bool) -> None:
         row = (about.model, about.shapes, kind, str(profile.batch_size), how)
         rate = f"{profile.videos_per_hour:,.0f}" if profile.videos_per_hour >= 100 else f"{profile.videos_per_hour:.2f}"
         table.add_row(*row, rate, str(profile.measured), profiles.stale(profile, brief=True) or "usable")
-    Console().print(table)
+    SafeConsole().print(table)
     say(f"kept in {cache_folder()}; a file that is deleted there is forgotten")

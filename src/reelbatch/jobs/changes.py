@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from reelbatch.request import FIELDS, VideoRequest
-from reelbatch.wording import shorten
+from reelbatch.wording import counted, shorten
 
 LINES = 10
 """Differences that an error shows."""
@@ -114,11 +114,12 @@ def _videos(what: str, requests: Sequence[VideoRequest]) -> list[str]:
     prompts = list(dict.fromkeys(request.prompt for request in requests))
     shown = ", ".join(repr(shorten(prompt, 60)) for prompt in prompts[:EXAMPLES])
     more = ", …" if len(prompts) > EXAMPLES else ""
-    return [f"{what}: {len(requests)} videos of {len(prompts)} prompts: {shown}{more}"]
+    return [f"{what}: {counted(len(requests), 'video')} of {counted(len(prompts), 'prompt')}: {shown}{more}"]
 
 
 def _described(request: VideoRequest) -> str:
-    size = f"{request.width}×{request.height}, {request.frames} frames, {request.steps} steps"
+    lengths = f"{counted(request.frames or 0, 'frame')}, {counted(request.steps or 0, 'step')}"
+    size = f"{request.width}×{request.height}, {lengths}"
     return f"{shorten(request.prompt, 60)!r}, seed {request.seed}, {size}"
 
 

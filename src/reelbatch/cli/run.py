@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from reelbatch.engine.config import EngineConfig
     from reelbatch.engine.engine import Engine
     from reelbatch.jobs.job import Job, Mode, Settings
-    from reelbatch.jobs.manifest import VideoRow
+    from reelbatch.jobs.manifest import Manifest, VideoRow
     from reelbatch.jobs.naming import Naming
     from reelbatch.jobs.outlook import Measured, Outlook
     from reelbatch.jobs.worker import Outcome
@@ -190,45 +190,35 @@ def make(spec: JobSpec, engine: Engine | None, *, as_json: bool = False) -> int:
     Args:
         engine: as `ready` gave it. This is the first that writes anything.
     """
-    from reelbatch.jobs.display import display
-    from reelbatch.jobs.job import open_job
-    from reelbatch.jobs.manifest import Manifest
-    from reelbatch.jobs.report import write_report
-    from reelbatch.jobs.worker import Worker
-
-    plan, out, settings = spec.plan, spec.out, spec.settings
     notes: dict[str, Any] = {"command": sys.argv[1:]}
     if spec.random_seed is not None:
         notes["random_seed"] = spec.random_seed
     failed = 0
     with interruptible() as interrupted:
+        from reelbatch.jobs.job import open_job
+        from reelbatch.jobs.manifest import Manifest
+        from reelbatch.jobs.report import write_report
+
+        out = spec.out
         out.mkdir(parents=True, exist_ok=True)
         manifest = Manifest.in_folder(out, spec.url)
-        job = open_job(manifest, out, plan.requests, settings, mode=spec.mode, overwrite=spec.overwrite, notes=notes)
+        job = open_job(
+            manifest,
+            out,
+            spec.plan.requests,
+            spec.settings,
+            mode=spec.mode,
+            overwrite=spec.overwrite,
+            notes=notes,
+        )
         for line in earlier(job):
             say(line)
         if job.open:
-            engine = engine or open_engine(plan.config)  # None where a file went away meanwhile
-            if engine.calibration is not None:
-                say(f"--max-memory: estimates of steps and decodes are {engine.calibration.line}")
-            worker = Worker(
-                engine,
-                manifest,
-                job.number,
-                out,
-                weights=settings.weights,
-                overwrite=spec.overwrite,
-                sidecars=spec.naming != "vbench",
-                checkpoint_every=plan.checkpoint_every,
-                stopping=lambda: bool(interrupted),
-            )
-            with display([row.to_request() for row in job.open], console) as shown:
-                engine.subscribe(shown.event)
-                for outcome in worker.outcomes():
-                    shown.outcome(outcome)
-                    failed += outcome.error is not None
-                    if as_json:
-                        typer.echo(json.dumps(_outcome_record(outcome), default=str))
+            engine = engine or open_engine(spec.plan.config)  # None where a file went away meanwhile
+            for outcome in _outcomes(spec, engine, manifest, job, lambda: bool(interrupted)):
+                failed += outcome.error is not None
+                if as_json:
+                    typer.echo(json.dumps(_outcome_record(outcome), default=str))
     if as_json:
         for row in job.kept:
             typer.echo(json.dumps(_kept_record(out / row.file), default=str))
@@ -239,6 +229,33 @@ def make(spec: JobSpec, engine: Engine | None, *, as_json: bool = False) -> int:
         return INTERRUPTED
     say(_summary(job, out, report) + draw_sheet(out, rows))
     return SOME_FAILED if failed or any(row.state == "failed" for row in manifest.rows(job.number)) else 0
+
+
+def _outcomes(
+    spec: JobSpec, engine: Engine, manifest: Manifest, job: Job, stopping: Callable[[], bool]
+) -> Iterator[Outcome]:
+    """How each request ended, shown as it ends."""
+    from reelbatch.jobs.display import display
+    from reelbatch.jobs.worker import Worker
+
+    if engine.calibration is not None:
+        say(f"--max-memory: estimates of steps and decodes are {engine.calibration.line}")
+    worker = Worker(
+        engine,
+        manifest,
+        job.number,
+        spec.out,
+        weights=spec.settings.weights,
+        overwrite=spec.overwrite,
+        sidecars=spec.naming != "vbench",
+        checkpoint_every=spec.plan.checkpoint_every,
+        stopping=stopping,
+    )
+    with display([row.to_request() for row in job.open], console) as shown:
+        engine.subscribe(shown.event)
+        for outcome in worker.outcomes():
+            shown.outcome(outcome)
+            yield outcome
 
 
 def earlier(job: Job) -> Iterator[str]:

@@ -134,14 +134,19 @@ def nothing_begun() -> Iterator[None]:
         interrupted = True
         sys.exit(INTERRUPTED)
 
-    before = signal.signal(signal.SIGINT, stop)
+    def quiet(ignored: sys.UnraisableHookArgs) -> None:
+        if not interrupted:  # else a destructor was at work when the exit was raised
+            before[1](ignored)
+
+    before, sys.unraisablehook = (signal.signal(signal.SIGINT, stop), sys.unraisablehook), quiet
     try:
         yield
     except BaseException:
         if not interrupted:
             raise
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, before[0])
+        sys.unraisablehook = before[1]
     if interrupted:  # also where a library swallowed the exit
         say("stopped before anything was begun; nothing is left behind")
         sys.exit(INTERRUPTED)

@@ -188,11 +188,12 @@ def forecast(
     elif mode == "add":
         known = _match(there, requests, settings)
     lost = [] if overwrite else _lost(folder, there)
-    waiting = {row.id for row in lost}
-    if mode == "add":
-        waiting |= {row.id for row in known.values() if overwrite or row.state != State.DONE}
+    again = {State.FAILED, State.CANCELLED} if mode == "add" else set()
+    if overwrite:
+        again.add(State.DONE)
+    gone = {row.id for row in lost}
     for row in known.values():
-        if row.id in waiting:
+        if row.id in gone or row.state in again:
             row.state = State.WAITING
     rows = [known.get(i) or _row(request, i, i, "", settings) for i, request in enumerate(requests)]
     return Job(0, rows, [row for row in rows if row.state == State.DONE], len(lost))

@@ -54,8 +54,13 @@ class RequestOptions:
         str | None, typer.Option(help="What to keep away from; needs --true-cfg above 1.", rich_help_panel=REQUEST)
     ] = None
     seed: Annotated[
-        int, typer.Option(help="Of the first video of a prompt; further ones count on.", rich_help_panel=REQUEST)
-    ] = 0
+        str,
+        typer.Option(
+            help="Of the first video of a prompt; further ones count on. random: drawn once, and kept by the job.",
+            metavar="INTEGER|random",
+            rich_help_panel=REQUEST,
+        ),
+    ] = "0"
     height: Annotated[int | None, typer.Option(help="Pixels.", rich_help_panel=REQUEST)] = None
     width: Annotated[int | None, typer.Option(help="Pixels.", rich_help_panel=REQUEST)] = None
     frames: Annotated[int | None, typer.Option(help="4k + 1: 1, 5, 9, …", rich_help_panel=REQUEST)] = None

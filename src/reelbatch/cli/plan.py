@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
 
-from reelbatch.cli.common import SOME_FAILED, app
+from reelbatch.cli.common import SOME_FAILED, SafeConsole, app
 
 if TYPE_CHECKING:
     from reelbatch.tune.plan import Answer
@@ -160,7 +159,7 @@ def _show_plan(result: Answer) -> None:
     for phase, total in result.plan.phases.items():
         sizes = (result.plan.weights[phase], getattr(result.plan, phase), total)
         table.add_row(PHASES[phase], *(f"{size / 2**30:.2f}" for size in sizes))
-    answer = Console()
+    answer = SafeConsole()
 
     def show(text: str, style: str | None = None) -> None:
         answer.print(text, style=style, markup=False, highlight=False, soft_wrap=True)

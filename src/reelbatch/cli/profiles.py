@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import typer
-from rich.console import Console
 
-from reelbatch.cli.common import say
+from reelbatch.cli.common import SafeConsole, say
 
 
 def show_profiles(as_json: bool) -> None:
@@ -48,7 +47,7 @@ def show_profiles(as_json: bool) -> None:
         row = (about.model, about.shapes, kind, str(profile.batch_size), how)
         rate = f"{profile.videos_per_hour:,.0f}" if profile.videos_per_hour >= 100 else f"{profile.videos_per_hour:.2f}"
         table.add_row(*row, rate, str(profile.measured), profiles.stale(profile, brief=True) or "usable")
-    Console().print(table)
+    SafeConsole().print(table)
     say(f"kept in {cache_folder()}; `reelbatch tune --forget` removes those of a model")
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 
 from reelbatch.cli.common import (
     BOUNDS,
@@ -17,6 +16,7 @@ from reelbatch.cli.common import (
     MEASURED,
     OUTPUT,
     SOME_FAILED,
+    SafeConsole,
     app,
     check_writable,
     command_again,
@@ -155,7 +155,7 @@ def tune(
     config = EngineConfig(model=model, device=device, attention=attention, lora=loras)
     command = command_again(context, budget=None, **({"max_batch": None} if max_batch < 2 else {}))
     info, workloads = _workloads(model, shape or [], prompt_file, steps, true_cfg, max_batch)
-    check_writable(out)
+    check_writable(out, "page")
     quiet_libraries()
     with warnings_as_lines(), interruptible() as interrupted, display(console) as show_update:
         report = Tuning(
@@ -176,7 +176,7 @@ def tune(
     if as_json:
         typer.echo(json.dumps(record(report)))
     else:
-        answer = Console()
+        answer = SafeConsole()
         answer.print(terminal(report, answer.width))
     say(f"page: {files['html']}; figures: {files['json']}")
     if interrupted:

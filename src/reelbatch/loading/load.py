@@ -15,7 +15,7 @@ from reelbatch.device import choose_device
 from reelbatch.loading.configs import NETWORKS, check_config, text_encoder_config
 from reelbatch.loading.hub import ModelFolderError
 from reelbatch.loading.inspection import ModelInfo, inspect
-from reelbatch.loading.lora import load_loras, lora_label
+from reelbatch.loading.lora import check_loras, load_loras, lora_label
 from reelbatch.loading.model import Model
 from reelbatch.loading.precision import Precision
 from reelbatch.loading.stored import UNUSED
@@ -53,14 +53,7 @@ def load(
         ModelFolderError: for a folder with problems, weights that are not all there, or a model too large.
         ValueError: for a device or a dtype that is not there, or an offload that cannot be here.
     """
-    info = inspect(folder)
-    if info.problems:
-        raise ModelFolderError("\n".join(info.problems))
-    device = choose_device(device)
-    precision = Precision.parse(dtype, device)
-    check_offload(offload, device, precision.int8)
-    if not info.fits(device, precision, offload):
-        raise ModelFolderError(f"{folder}: {info.verdict(device, precision)}")
+    info, device, precision = check(folder, device, dtype, offload, lora)
     placement = Placement(device, offload, info.weight_bytes(precision, device), storable=not precision.int8)
     with quiet_progress():
         networks = _load_networks(info, precision, placement, lora)
@@ -75,6 +68,29 @@ def load(
     )
     name = " + ".join([info.name, *(lora_label(path, scale) for path, scale in lora)])
     return Model(name, info.folder, family, precision, placement, info.profile)
+
+
+def check(
+    folder: str | Path,
+    device: torch.device | str = "auto",
+    dtype: Precision | torch.dtype | str = "auto",
+    offload: Offload = "none",
+    lora: Sequence[tuple[str | Path, float]] = (),
+) -> tuple[ModelInfo, torch.device, Precision]:
+    """What a model is loaded with, after all is refused that can be before a weight is read; raises as `load`."""
+    info = inspect(folder)
+    if info.problems:
+        raise ModelFolderError("\n".join(info.problems))
+    device = choose_device(device)
+    precision = Precision.parse(dtype, device)
+    check_offload(offload, device, precision.int8)
+    if not info.fits(device, precision, offload):
+        raise ModelFolderError(f"{folder}: {info.verdict(device, precision)}")
+    if lora:
+        transformer = NETWORKS["transformer"]
+        with torch.device("meta"):  # the shapes of its layers are enough
+            check_loras(transformer.from_config(transformer.load_config(str(info.folder / "transformer"))), lora)
+    return info, device, precision
 
 
 def _load_networks(

@@ -113,6 +113,12 @@ def load_loras(transformer: HunyuanVideoTransformer3DModel, files: Sequence[tupl
         transformer.requires_grad_(False)
 
 
+def check_loras(transformer: nn.Module, files: Sequence[tuple[str | Path, float]]) -> None:
+    """Raises LoraError as `load_loras` would; the transformer's shapes are enough, so it may be on the meta device."""
+    for path, _ in files:
+        _read(Path(path), transformer)
+
+
 def _read(path: Path, transformer: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Checked weights under Diffusers' names, and PEFT's configuration (`adapter_config`)."""
     weights, known = _read_file(path, transformer)

@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from folders import Folder
+from folders import STEPS, Folder, asked
 from typer.testing import CliRunner
 
 from reelbatch import VideoRequest
@@ -34,17 +34,9 @@ from reelbatch.jobs.verify import make_again, verify
 from reelbatch.jobs.worker import FolderError
 from reelbatch.video import Aside, read_record, sidecar
 
-STEPS = 4
-
 
 def call(*words: object):
     return CliRunner().invoke(app, [str(word) for word in words])
-
-
-def asked(engine: Engine, count: int = 6, **fields: Any) -> list[VideoRequest]:
-    sizes = {"height": 32, "width": 32, "frames": 5, "steps": STEPS}
-    made = [VideoRequest(prompt=f"a cat {i}", seed=i, **{**sizes, **fields}) for i in range(count)]
-    return [request.for_model(engine.limits) for request in made]
 
 
 @pytest.fixture

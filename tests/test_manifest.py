@@ -2,58 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from manifests import FINISHED, another, nothing, rows, text_of
 from sqlalchemy import update
 
+from reelbatch.jobs import leases
 from reelbatch.jobs import manifest as room
-from reelbatch.jobs.manifest import Finished, Manifest, ManifestError, ProcessRow, State, VideoRow
-
-FINISHED = Finished("aa", 12, "bb", {"denoise": 1.0}, 4, "exact", "weights", {"torch": "2"})
-URL = os.environ.get("REELBATCH_TEST_DATABASE")
-"""A PostgreSQL database to run these tests on as well; its tables are dropped."""
-
-
-def rows(count: int) -> list[VideoRow]:
-    return [
-        VideoRow(
-            id=f"v{i}",
-            number=i,
-            turn=count - i,
-            request={"prompt": f"prompt {i}", "seed": i, "id": f"v{i}"},
-            fingerprint=f"f{i}",
-            prompt=f"prompt {i}",
-            seed=str(2**64 - 1 - i),
-            tags=["a", "ü"],
-            file=f"{i}.mp4",
-        )
-        for i in range(count)
-    ]
-
-
-@pytest.fixture(params=["sqlite", *(["postgresql"] if URL else [])])
-def manifest(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Manifest]:
-    opened = Manifest.in_folder(tmp_path, URL if request.param == "postgresql" else None, lease_seconds=0.3)
-    yield opened
-    if request.param == "postgresql":
-        room.Base.metadata.drop_all(opened._engine)
-    opened.close()
-
-
-def another(manifest: Manifest) -> Manifest:
-    """As another process has it."""
-    return Manifest(manifest.url, lease_seconds=0.3)
-
-
-def nothing() -> None:
-    pass
+from reelbatch.jobs.manifest import Manifest, ManifestError, ProcessRow, State
 
 
 def test_rows_come_back_as_they_were(manifest: Manifest) -> None:
@@ -151,7 +112,8 @@ def test_a_killed_process_on_this_machine_is_seen_at_once(manifest: Manifest) ->
     job = manifest.add_job({}, rows(2))
     code = (
         "import os, sys, signal; from reelbatch.jobs.manifest import Manifest\n"
-        f"m = Manifest({manifest.url!r}); o = m.enlist(); m.claim(o, {job}, 2); os.kill(os.getpid(), signal.SIGKILL)"
+        f"m = Manifest({text_of(manifest)!r}); o = m.enlist(); m.claim(o, {job}, 2)\n"
+        f"os.kill(os.getpid(), signal.SIGKILL)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == -9
     assert manifest.counts(job)[State.RUNNING] == 2
@@ -169,7 +131,7 @@ def test_a_process_elsewhere_is_dead_when_its_counter_stands_still(
         session.execute(update(ProcessRow).values(host="elsewhere"))
     watcher = another(manifest)
     now = [1000.0]
-    monkeypatch.setattr(room.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(leases.time, "monotonic", lambda: now[0])
     for _ in range(5):  # it lives
         now[0] += 0.2
         assert manifest.beat(owner)
@@ -190,7 +152,7 @@ def test_a_clock_that_is_set_kills_nobody(manifest: Manifest, monkeypatch: pytes
     manifest.claim(owner, job, 1)
     for shift in (-1e6, 1e6):
         shifted = time.time() + shift
-        monkeypatch.setattr(room.time, "time", lambda shifted=shifted: shifted)
+        monkeypatch.setattr(leases.time, "time", lambda shifted=shifted: shifted)
         assert another(manifest).reap() == []
     assert manifest.finish(owner, "v0", FINISHED, nothing)
 
@@ -216,7 +178,7 @@ def test_a_manifest_that_is_none_is_told(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_written_may_be_looked_at(manifest: Manifest, tmp_path: Path) -> None:
-    if not manifest.url.startswith("sqlite"):
+    if not text_of(manifest).startswith("sqlite"):
         return
     manifest.add_job({}, rows(2))
     manifest.close()

@@ -24,10 +24,10 @@ def asked(engine: Engine, count: int = 6, **fields: Any) -> list[VideoRequest]:
 class Folder:
     """An output folder, and jobs of one engine in it."""
 
-    def __init__(self, path: Path, engine: Engine) -> None:
+    def __init__(self, path: Path, engine: Engine, url: Any = None) -> None:
         self.path, self.engine = path, engine
         path.mkdir(exist_ok=True)
-        self.manifest = Manifest.in_folder(path)
+        self.manifest = Manifest.in_folder(path, url)
 
     def open(self, requests: list[VideoRequest], mode: str = "resume", **changed: Any) -> Job:
         overwrite = changed.pop("overwrite", False)

@@ -186,3 +186,60 @@ def test_a_folder_that_cannot_be_written_may_be_looked_at(manifest: Manifest, tm
     assert read_only.counts()[State.WAITING] == 2
     with pytest.raises(ManifestError, match="readonly"):
         read_only.enlist()
+
+
+# -- manifests that something else has written to --------------------------------------------------
+
+
+def change(manifest: Manifest, sql: str) -> None:
+    with manifest._transaction() as session:
+        session.connection().exec_driver_sql(sql)
+
+
+def test_a_manifest_of_a_newer_version_is_refused(manifest: Manifest) -> None:
+    manifest.add_job({}, rows(1))
+    another(manifest).close()
+    change(manifest, "UPDATE job SET schema = 99")
+    for create in (True, False):
+        with pytest.raises(ManifestError, match=r"newer version of reelbatch: its schema is 99"):
+            Manifest(manifest.url, create=create)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "problem"),
+    [
+        ("request", "'{\"prompt\": '", "its request is not JSON"),
+        ("request", "'[1]'", r"its request is \[1\], which is not a JSON object"),
+        ("tags", "'\"a\"'", "its tags is 'a', which is not a JSON list"),
+        ("versions", "''", "its versions is not JSON"),
+        ("state", "'paused'", "its state is 'paused'"),
+    ],
+)
+def test_a_broken_row_is_named(manifest: Manifest, column: str, value: str, problem: str) -> None:
+    if column != "state" and not text_of(manifest).startswith("sqlite"):
+        pytest.skip("PostgreSQL takes nothing that is not JSON")
+    job = manifest.add_job({}, rows(3))
+    change(manifest, f"UPDATE video SET {column} = {value} WHERE id = 'v1'")
+    owner = manifest.enlist()
+    works = {
+        "rows": lambda: manifest.rows(job),
+        "row": lambda: manifest.row("v1"),
+        "claim": lambda: manifest.claim(owner, job, 9),
+        "counts": manifest.counts,
+    }
+    for name in ("rows", "row", "counts") if column == "state" else ("rows", "row", "claim"):
+        with pytest.raises(ManifestError, match=rf"damaged: row v1 of table video \(1\.mp4\): {problem}") as error:
+            works[name]()
+        assert text_of(manifest).split("?")[0].rpartition("/")[2] in str(error.value)
+    assert manifest.row("v0") is not None
+
+
+def test_a_broken_job_and_a_request_that_cannot_be_are_named(manifest: Manifest) -> None:
+    manifest.add_job({}, rows(2))
+    change(manifest, "UPDATE video SET request = '{\"seed\": -1}' WHERE id = 'v1'")
+    (bad,) = (row for row in manifest.rows() if row.id == "v1")
+    with pytest.raises(ValueError, match=r"row v1 of the manifest \(1\.mp4\) holds no valid request"):
+        bad.to_request()
+    change(manifest, "UPDATE job SET settings = '7'")
+    with pytest.raises(ManifestError, match=r"row 1 of table job: its settings is 7, which is not a JSON object"):
+        manifest.jobs()

@@ -19,8 +19,9 @@ from typing import Any
 from sqlalchemy import URL, and_, delete, func, select, update
 from sqlalchemy.orm import Session
 
+from reelbatch.jobs import leases
 from reelbatch.jobs.database import Database, ManifestError
-from reelbatch.jobs.leases import LEASE_SECONDS, Leases
+from reelbatch.jobs.leases import Leases
 from reelbatch.jobs.processes import born_at, host
 from reelbatch.jobs.schema import OPEN, Base, DeathRow, Finished, JobKeyRow, JobRow, ProcessRow, State, VideoRow
 
@@ -56,9 +57,9 @@ class Manifest(Database):
     be used.
     """
 
-    def __init__(self, url: str | URL, *, create: bool = True, lease_seconds: float = LEASE_SECONDS) -> None:
+    def __init__(self, url: str | URL, *, create: bool = True, lease_seconds: float | None = None) -> None:
         super().__init__(url, create=create)
-        self._leases = Leases(lease_seconds)
+        self._leases = Leases(leases.LEASE_SECONDS if lease_seconds is None else lease_seconds)
 
     @classmethod
     def in_folder(cls, folder: Path, url: str | None = None, *, must_exist: bool = False, **options: Any) -> Manifest:

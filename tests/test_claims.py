@@ -229,12 +229,16 @@ def test_a_lock_is_waited_for_with_a_word_and_named_when_it_stays(
     monkeypatch.setattr(database, "WORD_SECONDS", 0.05)
     manifest = Manifest.in_folder(tmp_path)
     other = sqlite3.connect(tmp_path / FILE, check_same_thread=False, isolation_level=None)
-    other.execute("BEGIN IMMEDIATE")
-    release = threading.Timer(0.5, other.execute, ["COMMIT"])
-    release.start()
-    with caplog.at_level(logging.WARNING, "reelbatch"):
-        manifest.add_job({}, rows(1))
-    release.join()
+    for mode, work in (
+        ("IMMEDIATE", lambda: manifest.add_job({}, rows(1))),
+        ("EXCLUSIVE", lambda: Manifest.in_folder(tmp_path).counts()),
+    ):
+        other.execute(f"BEGIN {mode}")
+        release = threading.Timer(0.5, other.execute, ["COMMIT"])
+        release.start()
+        with caplog.at_level(logging.WARNING, "reelbatch"):
+            work()
+        release.join()
     assert f"{tmp_path / FILE} has been locked by another process for" in caplog.messages[0]
     assert caplog.messages[0].endswith("; waiting")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import errno
 import hashlib
-import importlib.util
 import json
 import os
 import signal
@@ -15,7 +14,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -242,47 +240,6 @@ def test_a_saved_state_that_is_no_good_is_left_alone(folder: Folder, tiny_folder
 
 
 # -- kills -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def kill_resume() -> ModuleType:
-    path = Path(__file__).parents[1] / "benchmarks" / "kill_resume.py"
-    spec = importlib.util.spec_from_file_location("kill_resume", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-HARNESS = """
-import json, sys
-sys.path.insert(0, {benchmarks!r})
-import kill_resume as room
-from pathlib import Path
-root, model = Path(sys.argv[1]), sys.argv[2]
-prompts, log = root / "prompts.txt", root / "log"
-prompts.write_text("\\n".join(room.PROMPTS), encoding="utf-8")
-room.run_through(room.job_command(prompts, root / "calm", model, 3), log)
-command = room.job_command(prompts, root / "o", model, 3, ["--checkpoint-every", "1"])
-found = room.kill_and_resume(command, root / "o", log, kills={kills}, longest={longest}, processes={processes}, seed=3)
-print(json.dumps([found.kills, len(found.rows), found.problems(room.read(root / "calm"))]))
-"""
-
-
-@pytest.mark.parametrize(("processes", "kills"), [(1, 6), (3, 3)])
-def test_a_job_that_is_killed_again_and_again_is_the_undisturbed_one(
-    tiny_folder: Path, tmp_path: Path, processes: int, kills: int
-) -> None:
-    benchmarks = str(Path(__file__).parents[1] / "benchmarks")
-    code = HARNESS.format(benchmarks=benchmarks, kills=kills, longest=1.2, processes=processes)
-    command = [sys.executable, "-c", code, str(tmp_path), str(tiny_folder)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    count, videos, problems = json.loads(done.stdout.splitlines()[-1])
-    assert count >= 2
-    assert videos == 24
-    assert problems == []
 
 
 def test_a_file_in_place_whose_row_was_not_written_is_adopted(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:

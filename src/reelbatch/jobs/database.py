@@ -168,6 +168,10 @@ class _Connection(sqlite3.Connection):
 
     place = ""
 
+    def set_up(self, place: str) -> None:
+        self.place, self.isolation_level = place, None
+        self._patiently(lambda: self.execute("PRAGMA synchronous=FULL"))  # reads the schema, for which it locks
+
     def begin(self, reading: bool) -> None:
         """Takes the lock that the transaction needs, so that no statement in it has to wait for one."""
         if not reading:
@@ -215,8 +219,7 @@ def _connect(url: URL, place: str) -> Engine:
         # write-ahead logs do not. Every transaction locks at its start, so none that has read must be turned away.
         @event.listens_for(engine, "connect")
         def _settings(connection: Any, _: Any) -> None:
-            connection.place, connection.isolation_level = place, None
-            connection.execute("PRAGMA synchronous=FULL")
+            connection.set_up(place)
 
         @event.listens_for(engine, "begin")
         def _begin(connection: Any) -> None:

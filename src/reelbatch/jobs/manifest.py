@@ -211,7 +211,8 @@ class Manifest(Database):
             if idle and not claimed:
                 claimed = session.execute(waiting.where(deaths >= ALONE_AFTER).limit(1)).all()
             rows = self._checked([row for row, _ in claimed])
-            for row, row.deaths in claimed:
+            for row, died in claimed:
+                row.deaths = died
                 row.state, row.owner, row.started, row.error = State.RUNNING, owner, now(), None
                 row.attempts += 1
             return rows

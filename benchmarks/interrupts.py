@@ -1,7 +1,7 @@
 """Exceptions and Ctrl-C raised at random moments, from callbacks, text encoder, decoder and the writing of files.
 
     python benchmarks/interrupts.py                   # 100 in an engine, 100 in a job
-    python benchmarks/interrupts.py --raises 1000     # of both kinds together, about 15 minutes
+    python benchmarks/interrupts.py --raises 1000     # of both kinds together, about four minutes
 
 One thing raises at each random moment: an exception of an ordinary kind, or KeyboardInterrupt, where a signal's handler
 would raise it. Whoever drives the engine goes on, as a person would who starts the command again. At the end every
@@ -204,7 +204,7 @@ def main(
 
     from reelbatch.loading.hub import resolve
 
-    print(f"expected: about {raises * 0.8 / 60:.0f} minutes on two cores", flush=True)
+    print(f"expected: about {raises * 0.2 / 60:.0f} minutes on two cores", flush=True)
     loaded = load(resolve(model), "cpu", torch.float32)
     bad = 0
     for jobs in (False, True):

@@ -1,7 +1,7 @@
 """Jobs whose processes are killed, ended and stopped at random moments, and jobs that are started three times at once.
 
     python benchmarks/kills.py                              # 100 signals over 1, 2 and 4 processes, and 20 races
-    python benchmarks/kills.py --kills 1000 --races 100     # about half an hour
+    python benchmarks/kills.py --kills 1000 --races 100     # about an hour
 
 The same `job run` is started in one, two or four processes; random ones get SIGKILL, SIGTERM, or SIGSTOP and later
 SIGCONT, and others are started in their places. At the end every video must be there once (nothing lost, nothing
@@ -287,7 +287,7 @@ def main(
     """Prints what was seen, and ends with 1 if anything was lost, doubled, wrong or crashed."""
     prepare()
     draw, all_counts = random.Random(seed), []
-    print(f"expected: about {(kills * 2.0 + races * 4.0) / 60:.0f} minutes on two cores", flush=True)
+    print(f"expected: about {(kills * 2.5 + races * 8.0) / 60:.0f} minutes on two cores", flush=True)
     with tempfile.TemporaryDirectory() as root:
         prompts = Path(root, "prompts.txt")
         prompts.write_text("\n".join(PROMPTS), encoding="utf-8")

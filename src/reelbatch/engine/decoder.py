@@ -111,14 +111,13 @@ class Decoder:
         """None: it ran out of memory, and is tried again when no other sample runs."""
         try:
             if sample.id in self._futures:
-                future = self._futures[sample.id]
                 try:
-                    return future.result()
+                    return self._futures[sample.id].result()
                 except Exception as error:
                     if not is_out_of_memory(error):
                         raise
                 except BaseException:  # Ctrl-C here, or something such in the thread: the next step tries again
-                    if future.done():
+                    if self._futures[sample.id].done():
                         del self._futures[sample.id]
                     raise
                 del self._futures[sample.id]  # whose error holds what the failed decode had allocated

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import errno
 import hashlib
-import importlib.util
 import json
 import os
 import signal
@@ -15,11 +14,10 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
-from folders import Folder
+from folders import STEPS, Folder, asked
 from typer.testing import CliRunner
 
 from reelbatch import VideoRequest
@@ -34,17 +32,9 @@ from reelbatch.jobs.verify import make_again, verify
 from reelbatch.jobs.worker import FolderError
 from reelbatch.video import Aside, read_record, sidecar
 
-STEPS = 4
-
 
 def call(*words: object):
     return CliRunner().invoke(app, [str(word) for word in words])
-
-
-def asked(engine: Engine, count: int = 6, **fields: Any) -> list[VideoRequest]:
-    sizes = {"height": 32, "width": 32, "frames": 5, "steps": STEPS}
-    made = [VideoRequest(prompt=f"a cat {i}", seed=i, **{**sizes, **fields}) for i in range(count)]
-    return [request.for_model(engine.limits) for request in made]
 
 
 @pytest.fixture
@@ -250,47 +240,6 @@ def test_a_saved_state_that_is_no_good_is_left_alone(folder: Folder, tiny_folder
 
 
 # -- kills -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def kill_resume() -> ModuleType:
-    path = Path(__file__).parents[1] / "benchmarks" / "kill_resume.py"
-    spec = importlib.util.spec_from_file_location("kill_resume", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-HARNESS = """
-import json, sys
-sys.path.insert(0, {benchmarks!r})
-import kill_resume as room
-from pathlib import Path
-root, model = Path(sys.argv[1]), sys.argv[2]
-prompts, log = root / "prompts.txt", root / "log"
-prompts.write_text("\\n".join(room.PROMPTS), encoding="utf-8")
-room.run_through(room.job_command(prompts, root / "calm", model, 3), log)
-command = room.job_command(prompts, root / "o", model, 3, ["--checkpoint-every", "1"])
-found = room.kill_and_resume(command, root / "o", log, kills={kills}, longest={longest}, processes={processes}, seed=3)
-print(json.dumps([found.kills, len(found.rows), found.problems(room.read(root / "calm"))]))
-"""
-
-
-@pytest.mark.parametrize(("processes", "kills"), [(1, 6), (3, 3)])
-def test_a_job_that_is_killed_again_and_again_is_the_undisturbed_one(
-    tiny_folder: Path, tmp_path: Path, processes: int, kills: int
-) -> None:
-    benchmarks = str(Path(__file__).parents[1] / "benchmarks")
-    code = HARNESS.format(benchmarks=benchmarks, kills=kills, longest=1.2, processes=processes)
-    command = [sys.executable, "-c", code, str(tmp_path), str(tiny_folder)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    count, videos, problems = json.loads(done.stdout.splitlines()[-1])
-    assert count >= 2
-    assert videos == 24
-    assert problems == []
 
 
 def test_a_file_in_place_whose_row_was_not_written_is_adopted(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -591,6 +540,21 @@ def test_a_part_of_a_suite_can_be_chosen(tiny_folder: Path, here: Path) -> None:
     assert "leaves none of the prompts" in str(told.exception)
     orders = [json.dumps(found) for found in (job_run(tiny_folder, "--shuffle", "--dry-run", "--json").stdout,) * 2]
     assert orders[0] == orders[1]
+
+
+@pytest.mark.parametrize("name", ["report.html", "contact-sheet.png"])
+def test_a_disk_that_fills_while_it_is_drawn_costs_a_page_and_not_the_run(
+    tiny_folder: Path, here: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A page that stands in for a full disk: what has the page's name cannot be replaced."""
+    (here / "o" / name / "in the way").mkdir(parents=True)
+    monkeypatch.setattr("reelbatch.video.sheet_path", lambda _, folder: folder / "contact-sheet.png")
+    ran = job_run(tiny_folder)
+    assert ran.exit_code == 0, ran.exception
+    what = "report" if name == "report.html" else "contact sheet"
+    assert f"no {what}, since it could not be written: " in ran.stderr
+    assert "4 of 4 videos in o" in ran.stderr
+    assert not list(here.glob("o/.*.part"))
 
 
 def test_settings_that_changed_are_refused_before_a_model_is_loaded(

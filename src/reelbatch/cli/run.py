@@ -231,11 +231,11 @@ def make(spec: JobSpec, engine: Engine | None, *, as_json: bool = False) -> int:
         for row in job.kept:
             typer.echo(json.dumps(_kept_record(out / row.file), default=str))
     rows = manifest.rows()
-    report = write_report(out, manifest.jobs(), rows)
+    report = drawn("report", lambda: write_report(out, manifest.jobs(), rows))
     if interrupted:
-        say(f"stopped; the same command goes on where it stopped; report: {report}")
+        say(f"stopped; the same command goes on where it stopped{report}")
         return INTERRUPTED
-    say(_summary(job, out, report) + draw_sheet(out, rows))
+    say(_summary(job, out) + report + draw_sheet(out, rows))
     return SOME_FAILED if failed or any(row.state == "failed" for row in manifest.rows(job.number)) else 0
 
 
@@ -281,9 +281,22 @@ def earlier(job: Job) -> Iterator[str]:
         yield f"{saved} videos go on from a saved step"
 
 
-def _summary(job: Job, out: Path, report: Path) -> str:
+def drawn(what: str, draw: Callable[[], Path]) -> str:
+    """Draws something for people to look at; returns the end of a line that names it. The videos are made by now: a
+    full disk is no reason for a run to fail."""
+    from reelbatch.jobs.manifest import ManifestError
+
+    try:
+        return f"; {what}: {draw()}"
+    except ManifestError:
+        raise
+    except OSError as error:
+        return f"; no {what}, since it could not be written: {error.strerror or error}"
+
+
+def _summary(job: Job, out: Path) -> str:
     there = sum((out / row.file).exists() for row in job.rows)
-    return f"{there} of {len(job.rows)} videos in {out}; report: {report}"
+    return f"{there} of {len(job.rows)} videos in {out}"
 
 
 def draw_sheet(out: Path, rows: Sequence[VideoRow]) -> str:
@@ -294,7 +307,7 @@ def draw_sheet(out: Path, rows: Sequence[VideoRow]) -> str:
     there = [path for row in rows if row.state == "done" and (path := out / row.file).exists()]
     if not 0 < len(there) <= SHEET_ROWS:
         return ""
-    return f"; contact sheet: {contact_sheet(there, sheet_path(there, out))}"
+    return drawn("contact sheet", lambda: contact_sheet(there, sheet_path(there, out)))
 
 
 def _outcome_record(outcome: Outcome) -> dict[str, Any]:

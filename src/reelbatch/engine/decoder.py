@@ -126,6 +126,10 @@ class Decoder:
                 except Exception as error:
                     if not is_out_of_memory(error):
                         raise
+                except BaseException:  # Ctrl-C here, or something such in the thread: the next step tries again
+                    if self._futures[sample.id].done():
+                        del self._futures[sample.id]
+                    raise
                 del self._futures[sample.id]  # whose error holds what the failed decode had allocated
             return self._here(sample, last)
         except OutOfMemory as error:

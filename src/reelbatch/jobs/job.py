@@ -6,7 +6,8 @@ import hashlib
 import json
 import secrets
 from collections import defaultdict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from reelbatch.loading.inspection import ModelInfo
 from reelbatch.loading.lora import lora_label
 from reelbatch.loading.precision import Precision
 from reelbatch.request import MAX_ID_LENGTH, NAMES_ONLY, VideoRequest
+from reelbatch.video import is_own_sidecar
 
 Mode = Literal["resume", "add", "new"]
 
@@ -64,6 +66,11 @@ class Settings:
         decides = {name: value for name, value in self.record.items() if name != "naming"}
         asked = request.model_dump(mode="json", exclude=set(NAMES_ONLY))
         return hashlib.sha256(json.dumps([asked, decides], sort_keys=True).encode()).hexdigest()
+
+    def job_key(self, requests: Sequence[VideoRequest]) -> str:
+        """The same for two jobs if and only if they ask for the same videos, under the same names."""
+        its = sorted([self.fingerprint(request), request.name or ""] for request in requests)
+        return hashlib.sha256(json.dumps([its, self.record], sort_keys=True).encode()).hexdigest()
 
     def fingerprints(self, request: VideoRequest) -> tuple[str, ...]:
         """Its fingerprint, and the one that a version which did not record `threads` gave it."""
@@ -125,16 +132,53 @@ def open_job(
         overwrite: with "add": nothing is kept, and files of the same names are replaced.
         notes: kept beside the settings, such as the command; they decide about nothing.
 
+    One transaction looks and adds, so that of several processes that start at once one adds the job, and the others
+    go on with it.
+
     Raises:
         JobChanged: with "resume", if another job is there.
     """
-    if mode == "resume" and (jobs := manifest.jobs()):
-        number, its = _the_same(manifest, folder, jobs, requests, settings)
-        remade = _remake_lost(manifest, folder)
-        now = {row.id: row for row in manifest.rows()}
-        rows = [now[id] for id in its]
-        manifest.take_over(number, [row.id for row in rows if row.job != number and row.state in OPEN])
-        return Job(number, rows, [row for row in rows if row.state == State.DONE], remade)
+    with manifest.one_transaction():
+        jobs = manifest.jobs()
+        if mode == "resume" and jobs:
+            return _resumed(manifest, folder, jobs, requests, settings)
+        if mode == "add" and not overwrite:
+            asked_before = [job for job in jobs if job.number == manifest.job_of(settings.job_key(requests))]
+            with suppress(JobChanged):
+                return _resumed(manifest, folder, asked_before, requests, settings, retry=True)
+        return _added(manifest, folder, requests, settings, mode, overwrite, notes or {})
+
+
+def _resumed(
+    manifest: Manifest,
+    folder: Path,
+    jobs: Sequence[JobRow],
+    requests: Sequence[VideoRequest],
+    settings: Settings,
+    *,
+    retry: bool = False,
+) -> Job:
+    """The job that is there. retry: what failed or was cancelled is made as well."""
+    number, its = _the_same(manifest, folder, jobs, requests, settings)
+    remade = _remake_lost(manifest, folder)
+    if retry:
+        manifest.retry((State.FAILED, State.CANCELLED), its)
+    now = {row.id: row for row in manifest.rows()}
+    rows = [now[id] for id in its]
+    manifest.take_over(number, [row.id for row in rows if row.job != number and row.state in OPEN])
+    return Job(number, rows, [row for row in rows if row.state == State.DONE], remade)
+
+
+def _added(
+    manifest: Manifest,
+    folder: Path,
+    requests: Sequence[VideoRequest],
+    settings: Settings,
+    mode: Mode,
+    overwrite: bool,
+    notes: Mapping[str, Any],
+) -> Job:
+    """A new job, of rows that are there already and of new ones."""
     remade = 0 if overwrite else _remake_lost(manifest, folder)
     there = manifest.rows()
     known = _match(there, requests, settings) if mode == "add" else {}
@@ -144,7 +188,7 @@ def open_job(
         manifest.remake([row.id for row in known.values()])
         files_there = {row.file for row in known.values()}
     else:
-        files_there |= {str(path.relative_to(folder)) for path in (folder / home).glob("*.mp4")}
+        files_there |= {str(path.relative_to(folder)) for path in _taken_names(folder / home)}
     taken = {Path(file).name for file in files_there if Path(file).parent == home}
     files = [str(home / name) for name in name_all([requests[i] for i in new], settings.naming, taken)]
     if overwrite:
@@ -155,7 +199,8 @@ def open_job(
     ]
     again = [row.id for row in known.values() if overwrite or row.state != State.DONE]
     manifest.retry((State.FAILED, State.CANCELLED), again)
-    number = manifest.add_job({**settings.record, **(notes or {})}, added, again)
+    key = None if mode == "new" else settings.job_key(requests)
+    number = manifest.add_job({**settings.record, **notes}, added, again, key)
     every = {**dict(zip(new, added, strict=True)), **known}
     now = {row.id: row for row in manifest.rows()}
     rows = [now[every[i].id] for i in range(len(requests))]
@@ -197,6 +242,17 @@ def forecast(
             row.state = State.WAITING
     rows = [known.get(i) or _row(request, i, i, "", settings) for i, request in enumerate(requests)]
     return Job(0, rows, [row for row in rows if row.state == State.DONE], len(lost))
+
+
+def _taken_names(home: Path) -> Iterator[Path]:
+    """Names of videos that cannot be used: of whatever is there, and where another's file has the sidecar's name."""
+    names = set()
+    for path in home.glob("*.mp4"):
+        names.add(path.stem)
+        yield path
+    for path in home.glob("*.json"):
+        if path.stem not in names and not is_own_sidecar(path):
+            yield path.with_suffix(".mp4")
 
 
 def _home(naming: Naming) -> Path:

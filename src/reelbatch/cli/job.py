@@ -17,10 +17,11 @@ from rich.live import Live
 
 from reelbatch.cli.common import OUTPUT, SOME_FAILED, app, check_writable, console, say, warnings_as_lines
 from reelbatch.cli.job_views import show_outlook, status_record, status_table
-from reelbatch.cli.options import EngineOptions, RequestOptions, with_options
+from reelbatch.cli.options import EngineOptions, FormatOption, RequestOptions, with_options
 from reelbatch.cli.run import Plan, make, measured, plan_of, warn
 
 if TYPE_CHECKING:
+    from reelbatch.formats import Format
     from reelbatch.jobs.job import Mode
     from reelbatch.jobs.manifest import Manifest, VideoRow
     from reelbatch.jobs.outlook import Outlook
@@ -68,9 +69,14 @@ def run(
     out: Out = Path("out"),
     manifest: Url = None,
     naming: Annotated[
-        Literal["default", "vbench"],
-        typer.Option(help="vbench: {prompt}-{index}.mp4, as its scorer wants.", rich_help_panel=OUTPUT),
+        Literal["default", "ascii", "vbench"],
+        typer.Option(
+            help="default: the prompt's letters in any script. ascii: without accents and other scripts. vbench: "
+            "{prompt}-{index}.mp4, as its scorer wants, 25 of each prompt of temporal_flickering and 5 of the others.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = "default",
+    format: FormatOption = "mp4",
     names_from: Annotated[
         Path | None,
         typer.Option(
@@ -95,9 +101,9 @@ def run(
 
     - `reelbatch job run suite.txt --out suite --copies 5`
 
-    - `reelbatch job run VBench_full_info.json --out vbench --copies 5 --naming vbench --model /models/HunyuanVideo`
+    - `reelbatch job run VBench_full_info.json --out vbench --naming vbench --model /models/HunyuanVideo`
 
-    - `reelbatch job run rewritten.txt --named-after all_dimension.txt --out vbench --copies 5 --naming vbench`
+    - `reelbatch job run rewritten.txt --named-after VBench_full_info.json --out vbench --naming vbench`
 
     - `reelbatch job run suite.csv --only tag=animal --limit 20 --dry-run`
 
@@ -106,24 +112,34 @@ def run(
     several machines that see the folder, it shares the work. Ctrl-C saves the running videos' state and stops; a
     second one stops at once. `job status`, in another terminal, shows how far it is.
     """
+    from reelbatch.formats import check_format
     from reelbatch.jobs.manifest import Manifest
     from reelbatch.jobs.naming import vbench_problems
     from reelbatch.jobs.prompts import make_requests, named_after, only_those, read_entries, shuffled
+    from reelbatch.jobs.vbench import check_readable, with_copies
     from reelbatch.loading.hub import resolve
     from reelbatch.loading.inspection import inspect
 
     if add and as_new:
         raise ValueError("--add and --as-new were given; --add keeps what is there, --as-new does not: give one")
+    check_format(format)
+    if naming == "vbench":
+        check_readable(format)
     info = inspect(resolve(options.model))
     entries = read_entries(prompts)
     if names_from is not None:
         entries = named_after(entries, names_from)
+    line = None
+    if naming == "vbench":
+        entries, line = with_copies(entries, asked.copies)
     requests = make_requests(entries, asked.request_fields, first_seed=asked.seed, limits=info.limits)
     requests = only_those(requests, only or [])
     requests = (shuffled(requests, asked.seed) if shuffle else requests)[:limit]
     if not requests:
         raise ValueError(f"--only {' --only '.join(only or [])} leaves none of the prompts in {prompts}")
     warn(requests, info)
+    if line:
+        say(line)
     if naming == "vbench":
         for problem in vbench_problems(requests):
             say(f"warning: {problem}", style="yellow")
@@ -131,12 +147,14 @@ def run(
     if dry_run:
         if plan.advice:
             say(plan.advice)
-        show_outlook(_outlook(plan, out, manifest), as_json)
+        show_outlook(_outlook(plan, out, manifest, format), as_json)
         return
     check_writable(out)
     mode: Mode = "add" if add else "new" if as_new else "resume"
     with warnings_as_lines():
-        code = make(plan, Manifest.in_folder(out, manifest), out, mode=mode, naming=naming, as_json=as_json)
+        code = make(
+            plan, Manifest.in_folder(out, manifest), out, mode=mode, naming=naming, format=format, as_json=as_json
+        )
     raise typer.Exit(code)
 
 
@@ -270,7 +288,7 @@ def _refuse_unknown(manifest: Manifest, ids: Sequence[str]) -> None:
         raise ValueError(f"no video has the id {', '.join(unknown)}; `reelbatch job export` lists all of them")
 
 
-def _outlook(plan: Plan, out: Path, url: str | None) -> Outlook:
+def _outlook(plan: Plan, out: Path, url: str | None, format: Format) -> Outlook:
     from reelbatch.jobs.job import settings_of
     from reelbatch.jobs.manifest import FILE, Manifest
     from reelbatch.jobs.outlook import look_ahead
@@ -279,5 +297,5 @@ def _outlook(plan: Plan, out: Path, url: str | None) -> Outlook:
     if url is not None or (out / FILE).exists():
         rows = Manifest.in_folder(out, url, must_exist=True).rows()
     free = shutil.disk_usage(next(folder for folder in (out, *out.resolve().parents) if folder.exists())).free
-    settings = settings_of(plan.config, plan.info, "default")
+    settings = settings_of(plan.config, plan.info, "default", format)
     return look_ahead(plan.requests, settings, rows, plan.config.max_batch_size, measured(plan), free)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from reelbatch.cli.options import EngineOptions
     from reelbatch.engine.config import EngineConfig
     from reelbatch.engine.engine import Engine
+    from reelbatch.formats import Format
     from reelbatch.jobs.job import Job, Mode
     from reelbatch.jobs.manifest import Manifest
     from reelbatch.jobs.naming import Naming
@@ -103,6 +104,7 @@ def make(
     *,
     mode: Mode,
     naming: Naming = "default",
+    format: Format = "mp4",
     overwrite: bool = False,
     as_json: bool = False,
 ) -> int:
@@ -116,7 +118,7 @@ def make(
     from reelbatch.jobs.report import write_report
     from reelbatch.jobs.worker import Worker
 
-    settings = settings_of(plan.config, plan.info, naming)
+    settings = settings_of(plan.config, plan.info, naming, format)
     notes = {"command": sys.argv[1:]}
     job = open_job(manifest, out, plan.requests, settings, mode=mode, overwrite=overwrite, notes=notes)
     for line in _earlier(job):

@@ -7,8 +7,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from reelbatch.formats import ENDINGS, Format
 from reelbatch.jobs.manifest import OPEN, State, VideoRow
 from reelbatch.request import VideoRequest
 
@@ -17,8 +19,9 @@ if TYPE_CHECKING:
 
 LATEST = 200
 """Videos that the present pace is taken from."""
-BYTES_A_FILE, BITS_A_PIXEL = 5000, 0.15
-"""Size of an mp4 and its sidecar, where no file is there to measure; of the bundled model's videos, whose plain
+BYTES_A_FILE = 5000
+BITS_A_PIXEL: Mapping[Format, float] = {"mp4": 0.15, "webm": 0.15, "gif": 2.5, "png": 4.0}
+"""Size of a video and its sidecar, where no file is there to measure; of the bundled model's videos, whose plain
 pictures compress well."""
 
 
@@ -86,7 +89,8 @@ def look_ahead(
     Args:
         measured: by `tune`, if it was.
     """
-    done = Counter(row.fingerprint for row in rows if row.state == State.DONE)
+    ending = ENDINGS[settings.format]
+    done = Counter(row.fingerprint for row in rows if row.state == State.DONE and Path(row.file).suffix == ending)
     left = []
     for request in requests:
         known = next((key for key in settings.fingerprints(request) if done[key]), None)
@@ -95,7 +99,7 @@ def look_ahead(
         else:
             done[known] -= 1
     seconds, time_from = _seconds(left, rows, measured)
-    size, disk_from = _bytes(left, rows)
+    size, disk_from = _bytes(left, rows, settings.format)
     return Outlook(
         videos=len(requests),
         prompts=len({request.prompt for request in requests}),
@@ -154,11 +158,12 @@ def _seconds(
     return None, "nothing was measured yet: `reelbatch tune` does, and so does a first run with --limit"
 
 
-def _bytes(left: Sequence[VideoRequest], rows: Sequence[VideoRow]) -> tuple[int, str]:
+def _bytes(left: Sequence[VideoRequest], rows: Sequence[VideoRow], format: Format) -> tuple[int, str]:
     pixels = sum(math.prod(request.size) for request in left)
-    done = [row for row in rows if row.state == State.DONE and row.size]
+    ending = ENDINGS[format]
+    done = [row for row in rows if row.state == State.DONE and row.size and Path(row.file).suffix == ending]
     if done:
         share = sum(row.size or 0 for row in done) / sum(math.prod(row.to_request().size) for row in done)
         return int(share * pixels), "as the videos in this folder"
     source = "as the bundled model's videos; others may take several times as much"
-    return int(len(left) * BYTES_A_FILE + pixels * BITS_A_PIXEL / 8), source
+    return int(len(left) * BYTES_A_FILE + pixels * BITS_A_PIXEL[format] / 8), source

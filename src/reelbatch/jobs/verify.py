@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from reelbatch.formats import digest
 from reelbatch.jobs.manifest import Manifest, State, VideoRow
 from reelbatch.jobs.worker import is_damaged
 from reelbatch.video import sidecar
@@ -45,12 +45,11 @@ def _set_aside(folder: Path, file: str) -> None:
 
 def _problem(path: Path, row: VideoRow) -> str | None:
     try:
-        with path.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        sha256, _ = digest(path)
     except FileNotFoundError:
         return "is gone"
     except OSError as error:
         return f"cannot be read: {error.strerror}"
-    if digest != row.sha256:
+    if sha256 != row.sha256:
         return "is not the file that was written: its hash differs"
     return is_damaged(path, row.to_request())

@@ -7,7 +7,6 @@ whole and is adopted, and the unfinished files of a dead process are removed.
 from __future__ import annotations
 
 import errno
-import hashlib
 import shutil
 import time
 from collections import deque
@@ -23,11 +22,12 @@ from reelbatch.device import log
 from reelbatch.engine.engine import Engine, Failure
 from reelbatch.engine.fallback import with_reliefs
 from reelbatch.engine.sample import SavedState
+from reelbatch.formats import digest
 from reelbatch.jobs.heartbeat import BEAT_SECONDS, Heartbeat
 from reelbatch.jobs.manifest import OPEN, Finished, Manifest, ManifestError, VideoRow
 from reelbatch.jobs.states import States
 from reelbatch.request import VideoRequest
-from reelbatch.video import MADE_BY, PART, Video, embedded_record, read_video, write_sidecar
+from reelbatch.video import MADE_BY, PART, RECORDED_LATER, Video, embedded_record, read_video, write_sidecar
 
 OWN_FOLDER = ".reelbatch"
 UNWRITTEN = 4
@@ -164,7 +164,7 @@ class Worker:
         record = embedded_record(path) if path.exists() else None
         if record is None or record.get("request") != row.request or is_damaged(path, row.to_request()):
             return None
-        decides = [*MADE_BY, *(["threads"] if "threads" in record else [])]  # versions before did not record threads
+        decides = [*MADE_BY, *(name for name in RECORDED_LATER if name in record)]
         if any(record.get(name) != self.engine.info[name] for name in decides):
             return None
         if self.sidecars:
@@ -289,11 +289,10 @@ class Worker:
 
 
 def _finished(file: Path, record: dict[str, Any], weights: str, seconds: dict[str, float]) -> Finished:
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    sha256, size = digest(file)
     return Finished(
-        sha256=digest,
-        size=file.stat().st_size,
+        sha256=sha256,
+        size=size,
         frames_sha256=record["frames_sha256"],
         seconds=seconds,
         batch=record["batch"]["largest"],

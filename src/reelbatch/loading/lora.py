@@ -45,12 +45,18 @@ def parse_lora(text: str) -> tuple[Path, float]:
 
 def lora_label(path: str | Path, scale: float) -> str:
     """What to call a LoRA: its file's name, its scale, and the beginning of the SHA-256 of its bytes."""
+    about = lora_record(path, scale)
+    return f"{about['file']}:{scale:g} ({about['sha256'][:12]})"
+
+
+def lora_record(path: str | Path, scale: float) -> dict[str, Any]:
+    """A LoRA as records name it: its file's name, its scale and the SHA-256 of its bytes. Raises LoraError."""
     try:
         about = Path(path).stat()
         digest = _file_hash(Path(path).absolute(), about.st_size, about.st_mtime_ns)
     except OSError as error:
         raise LoraError(f"{path}: cannot be read: {error.strerror}") from None
-    return f"{Path(path).name}:{scale:g} ({digest[:12]})"
+    return {"file": Path(path).name, "scale": scale, "sha256": digest}
 
 
 @cache

@@ -43,6 +43,7 @@ def make_again(
         say(f"no sidecar {path.with_suffix('.json').name}: it goes by the record in the video itself")
     options = _as_recorded(options, recorded, given)
     config = options.config(max_batch_size=1)
+    _check_device(options, path, "device" in given)
     info = inspect(resolve(options.model))
     check_model(recorded, info, config.loras)
     target = out / path.name if "out" in given else None
@@ -78,6 +79,19 @@ def _as_recorded(options: EngineOptions, recorded: Recorded, given: set[str]) ->
         name = model_of(recorded) or "unknown"
         raise ValueError(f"{recorded.path} was made by the model {name}: say where that is with --model")
     return replace(options, **{name: value for name, value in settings_of(recorded).items() if name not in given})
+
+
+def _check_device(options: EngineOptions, path: Path, given: bool) -> None:
+    from reelbatch.device import choose_device
+
+    try:
+        choose_device(options.device)
+    except ValueError as error:
+        if given:
+            raise
+        raise ValueError(
+            f"{path} was made on {options.device}: {error}; --device cpu makes it here, equal to rounding"
+        ) from None
 
 
 def _make(recorded: Recorded, config: Any) -> Video:

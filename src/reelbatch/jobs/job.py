@@ -277,7 +277,7 @@ def _differences(
     rows = [row for row in there if row.job == before.number]
     if settings.naming == "ascii" and then.naming == "default" and all(row.file.isascii() for row in rows):
         then = replace(then, naming="ascii")  # their names are those asked for, as are all of earlier versions
-    earlier, now = then.record, settings.record
+    earlier, now = ({**vars(one), "lora": list(one.lora)} for one in (then, settings))
     differences = [
         f"{name} was {earlier.get(name)!r} and is {value!r}{_remedy(name, earlier.get(name))}"
         for name, value in now.items()

@@ -78,6 +78,19 @@ def test_what_is_there_is_replaced_only_when_asked(tmp_path: Path, name: str) ->
     assert {file.name for file in tmp_path.iterdir()} == {name, "v.json"}
 
 
+@pytest.mark.parametrize("there", ["folder", "file", "dangling link"])
+def test_a_folder_of_pictures_replaces_only_such_folders(tmp_path: Path, there: str) -> None:
+    path = make_video().save(tmp_path / "v")
+    if there == "folder":
+        (path / "notes.txt").write_text("mine")
+    else:
+        formats.remove(path)
+        path.write_text("mine") if there == "file" else path.symlink_to("nowhere")
+    with pytest.raises(FileExistsError, match="is no folder of pictures alone; give another name"):
+        make_video().save(path, overwrite=True)
+    assert os.path.lexists(path) and {file.name for file in tmp_path.iterdir()} == {"v", "v.json"}
+
+
 @pytest.mark.parametrize("there", ["empty folder", "file", "dangling link"])
 def test_a_folder_of_pictures_takes_no_strangers_place(tmp_path: Path, there: str) -> None:
     path = tmp_path / "v"

@@ -37,6 +37,7 @@ ENCODERS: dict[Format, tuple[str, dict[str, str], dict[str, str]]] = {
 """Encoder, its options and those of the container. Near lossless: little videos keep their colours, large ones are
 still small next to what they cost."""
 PICTURE = re.compile(r"\d{4,}\.png")
+LEFT_BY_SYSTEMS = (".DS_Store", "Thumbs.db", "desktop.ini")
 GIF_PALETTE_FRAMES = 16
 """Frames that a GIF's 256 colours are chosen from."""
 
@@ -129,6 +130,13 @@ def comment_of(path: str | Path) -> str:
 def pictures_in(folder: Path) -> list[Path]:
     """Those of a video's frames, in their order."""
     return sorted((file for file in folder.iterdir() if PICTURE.fullmatch(file.name)), key=lambda file: int(file.stem))
+
+
+def holds_only_pictures(path: Path) -> bool:
+    """Whether it is a folder, no link to one, with nothing in it but a video's frames and what file managers leave."""
+    if path.is_symlink() or not path.is_dir():
+        return False
+    return all(PICTURE.fullmatch(file.name) or file.name in LEFT_BY_SYSTEMS for file in path.iterdir())
 
 
 def digest(path: Path) -> tuple[str, int]:

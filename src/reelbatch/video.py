@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from reelbatch.files import PART, aside, sync
-from reelbatch.formats import ENDINGS, Frames, comment_of, decode, encode, format_of, remove
+from reelbatch.formats import ENDINGS, Frames, comment_of, decode, encode, format_of, holds_only_pictures, remove
 from reelbatch.request import RequestDefaults, VideoRequest
 
 if TYPE_CHECKING:
@@ -320,8 +320,9 @@ def _place_folder(part: Path, path: Path, overwrite: bool) -> None:
     if not os.path.lexists(path):
         part.rename(path)
         return
-    if not overwrite:
-        raise FileExistsError(f"{path} exists; give another name, or overwrite=True")
+    if not (overwrite and holds_only_pictures(path)):
+        problem = "is no folder of pictures alone; give" if overwrite else "exists; overwrite=True, or give"
+        raise FileExistsError(f"{path} {problem} another name")
     old = part.with_name(f".{secrets.token_hex(8)}{PART}")
     path.rename(old)
     try:

@@ -10,6 +10,7 @@ import tiny
 import torch
 from diffusers import HunyuanVideoPipeline
 from fake_cuda import cuda  # noqa: F401  a fixture
+from manifests import manifest  # noqa: F401  a fixture
 
 # One thread: the tiny networks are slower with more, and several test runs then share a machine without harm.
 torch.set_num_threads(1)

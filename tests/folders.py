@@ -12,14 +12,22 @@ from reelbatch.jobs.job import Job, Settings, open_job
 from reelbatch.jobs.manifest import Manifest
 from reelbatch.jobs.worker import Outcome, Worker
 
+STEPS = 4
+
+
+def asked(engine: Engine, count: int = 6, **fields: Any) -> list[VideoRequest]:
+    sizes = {"height": 32, "width": 32, "frames": 5, "steps": STEPS}
+    made = [VideoRequest(prompt=f"a cat {i}", seed=i, **{**sizes, **fields}) for i in range(count)]
+    return [request.for_model(engine.limits) for request in made]
+
 
 class Folder:
     """An output folder, and jobs of one engine in it."""
 
-    def __init__(self, path: Path, engine: Engine) -> None:
+    def __init__(self, path: Path, engine: Engine, url: Any = None) -> None:
         self.path, self.engine = path, engine
         path.mkdir(exist_ok=True)
-        self.manifest = Manifest.in_folder(path)
+        self.manifest = Manifest.in_folder(path, url)
 
     def open(self, requests: list[VideoRequest], mode: str = "resume", **changed: Any) -> Job:
         overwrite = changed.pop("overwrite", False)

@@ -153,6 +153,27 @@ def test_a_folder_is_looked_at_without_a_change(before: Path) -> None:
         assert list(database.iterdump()) == old
 
 
+def test_a_manifest_gets_the_tables_that_it_lacks_when_it_is_worked_on(before: Path) -> None:
+    path = Path("job", "manifest.sqlite")
+
+    def tables() -> dict[str, list[Any]]:
+        with closing(sqlite3.connect(path)) as database:
+            names = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+            return {name: list(database.execute(f"SELECT * FROM {name}")) for name in names}
+
+    old = tables()
+    assert set(old) == {"job", "process", "video"}
+    assert [job.schema for job in Manifest.in_folder(Path("job"), must_exist=True).jobs()] == [1]
+    assert tables() == old
+    manifest = Manifest.in_folder(Path("job"))
+    assert tables() == {**old, "death": [], "job_key": []}
+    (number,) = {row.job for row in manifest.rows()}
+    owner = manifest.enlist()
+    (row,) = manifest.claim(owner, number, 1)
+    assert row.deaths == 0
+    manifest.leave(owner)
+
+
 # Fingerprints -----------------------------------------------------------------------------------------------------
 
 

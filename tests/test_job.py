@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from folders import Folder
+from folders import STEPS, Folder, asked
 from typer.testing import CliRunner
 
 from reelbatch import VideoRequest
@@ -34,17 +34,9 @@ from reelbatch.jobs.verify import make_again, verify
 from reelbatch.jobs.worker import FolderError
 from reelbatch.video import Aside, read_record, sidecar
 
-STEPS = 4
-
 
 def call(*words: object):
     return CliRunner().invoke(app, [str(word) for word in words])
-
-
-def asked(engine: Engine, count: int = 6, **fields: Any) -> list[VideoRequest]:
-    sizes = {"height": 32, "width": 32, "frames": 5, "steps": STEPS}
-    made = [VideoRequest(prompt=f"a cat {i}", seed=i, **{**sizes, **fields}) for i in range(count)]
-    return [request.for_model(engine.limits) for request in made]
 
 
 @pytest.fixture
@@ -591,6 +583,21 @@ def test_a_part_of_a_suite_can_be_chosen(tiny_folder: Path, here: Path) -> None:
     assert "leaves none of the prompts" in str(told.exception)
     orders = [json.dumps(found) for found in (job_run(tiny_folder, "--shuffle", "--dry-run", "--json").stdout,) * 2]
     assert orders[0] == orders[1]
+
+
+@pytest.mark.parametrize("name", ["report.html", "contact-sheet.png"])
+def test_a_disk_that_fills_while_it_is_drawn_costs_a_page_and_not_the_run(
+    tiny_folder: Path, here: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A page that stands in for a full disk: what has the page's name cannot be replaced."""
+    (here / "o" / name / "in the way").mkdir(parents=True)
+    monkeypatch.setattr("reelbatch.video.sheet_path", lambda _, folder: folder / "contact-sheet.png")
+    ran = job_run(tiny_folder)
+    assert ran.exit_code == 0, ran.exception
+    what = "report" if name == "report.html" else "contact sheet"
+    assert f"no {what}, since it could not be written: " in ran.stderr
+    assert "4 of 4 videos in o" in ran.stderr
+    assert not list(here.glob("o/.*.part"))
 
 
 def test_settings_that_changed_are_refused_before_a_model_is_loaded(

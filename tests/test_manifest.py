@@ -2,58 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from manifests import FINISHED, another, nothing, rows, text_of
 from sqlalchemy import update
 
+from reelbatch.jobs import leases
 from reelbatch.jobs import manifest as room
-from reelbatch.jobs.manifest import Finished, Manifest, ManifestError, ProcessRow, State, VideoRow
-
-FINISHED = Finished("aa", 12, "bb", {"denoise": 1.0}, 4, "exact", "weights", {"torch": "2"})
-URL = os.environ.get("REELBATCH_TEST_DATABASE")
-"""A PostgreSQL database to run these tests on as well; its tables are dropped."""
-
-
-def rows(count: int) -> list[VideoRow]:
-    return [
-        VideoRow(
-            id=f"v{i}",
-            number=i,
-            turn=count - i,
-            request={"prompt": f"prompt {i}", "seed": i, "id": f"v{i}"},
-            fingerprint=f"f{i}",
-            prompt=f"prompt {i}",
-            seed=str(2**64 - 1 - i),
-            tags=["a", "ü"],
-            file=f"{i}.mp4",
-        )
-        for i in range(count)
-    ]
-
-
-@pytest.fixture(params=["sqlite", *(["postgresql"] if URL else [])])
-def manifest(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Manifest]:
-    opened = Manifest.in_folder(tmp_path, URL if request.param == "postgresql" else None, lease_seconds=0.3)
-    yield opened
-    if request.param == "postgresql":
-        room.Base.metadata.drop_all(opened._engine)
-    opened.close()
-
-
-def another(manifest: Manifest) -> Manifest:
-    """As another process has it."""
-    return Manifest(manifest.url, lease_seconds=0.3)
-
-
-def nothing() -> None:
-    pass
+from reelbatch.jobs.manifest import Manifest, ManifestError, ProcessRow, State
 
 
 def test_rows_come_back_as_they_were(manifest: Manifest) -> None:
@@ -151,7 +112,8 @@ def test_a_killed_process_on_this_machine_is_seen_at_once(manifest: Manifest) ->
     job = manifest.add_job({}, rows(2))
     code = (
         "import os, sys, signal; from reelbatch.jobs.manifest import Manifest\n"
-        f"m = Manifest({manifest.url!r}); o = m.enlist(); m.claim(o, {job}, 2); os.kill(os.getpid(), signal.SIGKILL)"
+        f"m = Manifest({text_of(manifest)!r}); o = m.enlist(); m.claim(o, {job}, 2)\n"
+        f"os.kill(os.getpid(), signal.SIGKILL)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == -9
     assert manifest.counts(job)[State.RUNNING] == 2
@@ -169,7 +131,7 @@ def test_a_process_elsewhere_is_dead_when_its_counter_stands_still(
         session.execute(update(ProcessRow).values(host="elsewhere"))
     watcher = another(manifest)
     now = [1000.0]
-    monkeypatch.setattr(room.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(leases.time, "monotonic", lambda: now[0])
     for _ in range(5):  # it lives
         now[0] += 0.2
         assert manifest.beat(owner)
@@ -190,7 +152,7 @@ def test_a_clock_that_is_set_kills_nobody(manifest: Manifest, monkeypatch: pytes
     manifest.claim(owner, job, 1)
     for shift in (-1e6, 1e6):
         shifted = time.time() + shift
-        monkeypatch.setattr(room.time, "time", lambda shifted=shifted: shifted)
+        monkeypatch.setattr(leases.time, "time", lambda shifted=shifted: shifted)
         assert another(manifest).reap() == []
     assert manifest.finish(owner, "v0", FINISHED, nothing)
 
@@ -216,7 +178,7 @@ def test_a_manifest_that_is_none_is_told(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_written_may_be_looked_at(manifest: Manifest, tmp_path: Path) -> None:
-    if not manifest.url.startswith("sqlite"):
+    if not text_of(manifest).startswith("sqlite"):
         return
     manifest.add_job({}, rows(2))
     manifest.close()
@@ -224,3 +186,60 @@ def test_a_folder_that_cannot_be_written_may_be_looked_at(manifest: Manifest, tm
     assert read_only.counts()[State.WAITING] == 2
     with pytest.raises(ManifestError, match="readonly"):
         read_only.enlist()
+
+
+# -- manifests that something else has written to --------------------------------------------------
+
+
+def change(manifest: Manifest, sql: str) -> None:
+    with manifest._transaction() as session:
+        session.connection().exec_driver_sql(sql)
+
+
+def test_a_manifest_of_a_newer_version_is_refused(manifest: Manifest) -> None:
+    manifest.add_job({}, rows(1))
+    another(manifest).close()
+    change(manifest, "UPDATE job SET schema = 99")
+    for create in (True, False):
+        with pytest.raises(ManifestError, match=r"newer version of reelbatch: its schema is 99"):
+            Manifest(manifest.url, create=create)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "problem"),
+    [
+        ("request", "'{\"prompt\": '", "its request is not JSON"),
+        ("request", "'[1]'", r"its request is \[1\], which is not a JSON object"),
+        ("tags", "'\"a\"'", "its tags is 'a', which is not a JSON list"),
+        ("versions", "''", "its versions is not JSON"),
+        ("state", "'paused'", "its state is 'paused'"),
+    ],
+)
+def test_a_broken_row_is_named(manifest: Manifest, column: str, value: str, problem: str) -> None:
+    if column != "state" and not text_of(manifest).startswith("sqlite"):
+        pytest.skip("PostgreSQL takes nothing that is not JSON")
+    job = manifest.add_job({}, rows(3))
+    change(manifest, f"UPDATE video SET {column} = {value} WHERE id = 'v1'")
+    owner = manifest.enlist()
+    works = {
+        "rows": lambda: manifest.rows(job),
+        "row": lambda: manifest.row("v1"),
+        "claim": lambda: manifest.claim(owner, job, 9),
+        "counts": manifest.counts,
+    }
+    for name in ("rows", "row", "counts") if column == "state" else ("rows", "row", "claim"):
+        with pytest.raises(ManifestError, match=rf"damaged: row v1 of table video \(1\.mp4\): {problem}") as error:
+            works[name]()
+        assert text_of(manifest).split("?")[0].rpartition("/")[2] in str(error.value)
+    assert manifest.row("v0") is not None
+
+
+def test_a_broken_job_and_a_request_that_cannot_be_are_named(manifest: Manifest) -> None:
+    manifest.add_job({}, rows(2))
+    change(manifest, "UPDATE video SET request = '{\"seed\": -1}' WHERE id = 'v1'")
+    (bad,) = (row for row in manifest.rows() if row.id == "v1")
+    with pytest.raises(ValueError, match=r"row v1 of the manifest \(1\.mp4\) holds no valid request"):
+        bad.to_request()
+    change(manifest, "UPDATE job SET settings = '7'")
+    with pytest.raises(ManifestError, match=r"row 1 of table job: its settings is 7, which is not a JSON object"):
+        manifest.jobs()

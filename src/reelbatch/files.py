@@ -7,6 +7,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain, count
 from pathlib import Path
 
 PART = ".part"
@@ -26,6 +27,26 @@ def aside(path: Path, folder: Path | None = None) -> Iterator[Path]:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def move_new(source: Path, path: Path) -> None:
+    """Renames a file to a name that nothing has; raises `FileExistsError` if something has it, also a broken link."""
+    try:
+        os.link(source, path)  # unlike a rename, this fails if another process was faster
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        source.rename(path)
+    else:
+        source.unlink()
+
+
+def unused(path: Path) -> Path:
+    """The path, or else the first of `name-2`, `name-3`, … that nothing has."""
+    others = (path.with_stem(f"{path.stem}-{number}") for number in count(2))
+    return next(candidate for candidate in chain([path], others) if not os.path.lexists(candidate))
 
 
 def sync(path: Path) -> None:

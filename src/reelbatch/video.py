@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from reelbatch.files import PART, aside, sync
+from reelbatch.files import PART, aside, move_new, sync
 from reelbatch.formats import ENDINGS, Frames, comment_of, decode, encode, format_of, holds_only_pictures, remove
 from reelbatch.request import RequestDefaults, VideoRequest
 
@@ -79,8 +79,8 @@ class Video:
             OSError: if it cannot be written; nothing half-written bears the name.
         """
         path = Path(path)
-        if not overwrite and path.exists():
-            raise FileExistsError(f"{path} exists; give another name, or overwrite=True")
+        if not overwrite and os.path.lexists(path):
+            raise FileExistsError(f"{path} exists; overwrite=True, or give another name")
         path.parent.mkdir(parents=True, exist_ok=True)
         with self.written_aside(path) as written:
             written.put_in_place(overwrite)
@@ -115,13 +115,22 @@ class Aside:
     record: dict[str, Any]
 
     def put_in_place(self, overwrite: bool = False, with_sidecar: bool = True) -> None:
-        """Raises `FileExistsError` if there is a file of that name, unless `overwrite`."""
+        """Raises `FileExistsError` if something has that name or, unless it is a sidecar, the sidecar's name; a file of
+        either name is replaced with `overwrite`."""
+        beside = sidecar(self.path)
+        replaceable = is_own_sidecar(beside) or (overwrite and beside.is_file())
+        if with_sidecar and os.path.lexists(beside) and not replaceable:
+            raise FileExistsError(f"{beside} exists and is no video's sidecar; move it away, or give another name")
         if self.part.is_dir():
             _place_folder(self.part, self.path, overwrite)
-        elif overwrite:
+        elif overwrite and not self.path.is_dir():
             self.part.replace(self.path)
         else:
-            _place_new(self.part, self.path)
+            try:
+                move_new(self.part, self.path)
+            except FileExistsError:
+                problem = "is a folder; give" if self.path.is_dir() else "exists; overwrite=True, or give"
+                raise FileExistsError(f"{self.path} {problem} another name") from None
         if with_sidecar:
             write_sidecar(self.path, self.record, self.part.parent)
         sync(self.path.parent)
@@ -131,6 +140,17 @@ def sidecar(path: Path) -> Path:
     """The JSON file beside a video."""
     ends = path.suffix.lower() in ENDINGS.values()
     return path.with_suffix(".json") if ends else path.with_name(f"{path.name}.json")
+
+
+def is_own_sidecar(path: Path) -> bool:
+    """Whether a file is a video's sidecar, which may be replaced, and not somebody's file of the same name."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(record, dict) and "request" in record and "frames_sha256" in record
 
 
 def write_sidecar(path: Path, record: Mapping[str, Any], folder: Path | None = None) -> None:
@@ -302,17 +322,6 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     import matplotlib  # its DejaVu Sans knows far more letters than Pillow's own font
 
     return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
-
-
-def _place_new(part: Path, path: Path) -> None:
-    try:
-        os.link(part, path)  # unlike a rename, this fails if another process was faster
-    except FileExistsError:
-        raise FileExistsError(f"{path} exists; give another name, or overwrite=True") from None
-    except OSError:  # a file system without hard links
-        if path.exists():
-            raise FileExistsError(f"{path} exists; give another name, or overwrite=True") from None
-        part.rename(path)
 
 
 def _place_folder(part: Path, path: Path, overwrite: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -152,11 +152,11 @@ def make(
     if as_json:
         for row in job.kept:
             typer.echo(json.dumps(_kept_record(out / row.file), default=str))
-    report = write_report(out, manifest.jobs(), manifest.rows())
+    report = _drawn("report", lambda: write_report(out, manifest.jobs(), manifest.rows()))
     if interrupted:
-        say(f"stopped; the same command goes on where it stopped; report: {report}")
+        say(f"stopped; the same command goes on where it stopped{report}")
         return INTERRUPTED
-    say(_summary(job, out, report))
+    say(_summary(job, out) + report + _sheet(job, out))
     return SOME_FAILED if failed or any(row.state == "failed" for row in manifest.rows(job.number)) else 0
 
 
@@ -175,15 +175,35 @@ def _earlier(job: Job) -> Iterator[str]:
         yield f"{saved} videos go on from a saved step"
 
 
-def _summary(job: Job, out: Path, report: Path) -> str:
-    """What is in the folder; draws the contact sheet."""
+def _drawn(what: str, draw: Callable[[], Path]) -> str:
+    """Draws something for people to look at; returns the end of a line that names it. The videos are made by now: a
+    full disk is no reason for a run to fail."""
+    from reelbatch.jobs.manifest import ManifestError
+
+    try:
+        return f"; {what}: {draw()}"
+    except ManifestError:
+        raise
+    except OSError as error:
+        return f"; no {what}, since it could not be written: {error.strerror or error}"
+
+
+def _there(job: Job, out: Path) -> list[Path]:
+    return [out / row.file for row in job.rows if (out / row.file).exists()]
+
+
+def _summary(job: Job, out: Path) -> str:
+    return f"{len(_there(job, out))} of {len(job.rows)} videos in {out}"
+
+
+def _sheet(job: Job, out: Path) -> str:
+    """Draws the contact sheet; returns the end of a line that names it."""
     from reelbatch.video import contact_sheet, sheet_path
 
-    there = [out / row.file for row in job.rows if (out / row.file).exists()]
-    line = f"{len(there)} of {len(job.rows)} videos in {out}; report: {report}"
-    if 0 < len(there) <= SHEET_ROWS:
-        line += f"; contact sheet: {contact_sheet(there, sheet_path(there, out))}"
-    return line
+    there = _there(job, out)
+    if not 0 < len(there) <= SHEET_ROWS:
+        return ""
+    return _drawn("contact sheet", lambda: contact_sheet(there, sheet_path(there, out)))
 
 
 def _outcome_record(outcome: Outcome) -> dict[str, Any]:

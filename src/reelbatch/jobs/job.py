@@ -6,7 +6,8 @@ import hashlib
 import json
 import secrets
 from collections import defaultdict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,13 +17,14 @@ from reelbatch.engine.config import EngineConfig
 from reelbatch.formats import ENDINGS, Format
 from reelbatch.formats import size as size_of
 from reelbatch.jobs.manifest import OPEN, JobRow, Manifest, State, VideoRow
-from reelbatch.jobs.naming import Naming, name_all
+from reelbatch.jobs.naming import Naming, name_all, without_ending
 from reelbatch.jobs.verify import make_again
 from reelbatch.loading.hashing import weights_hash
 from reelbatch.loading.inspection import ModelInfo
 from reelbatch.loading.lora import lora_label
 from reelbatch.loading.precision import Precision
 from reelbatch.request import MAX_ID_LENGTH, NAMES_ONLY, VideoRequest
+from reelbatch.video import is_own_sidecar
 
 Mode = Literal["resume", "add", "new"]
 SHOWN = 10
@@ -85,6 +87,11 @@ class Settings:
         asked = request.model_dump(mode="json", exclude=set(NAMES_ONLY))
         return hashlib.sha256(json.dumps([asked, decides], sort_keys=True).encode()).hexdigest()
 
+    def job_key(self, requests: Sequence[VideoRequest]) -> str:
+        """The same for two jobs if and only if they ask for the same videos, under the same names."""
+        its = sorted([self.fingerprint(request), request.name or ""] for request in requests)
+        return hashlib.sha256(json.dumps([its, self.record], sort_keys=True).encode()).hexdigest()
+
     def fingerprints(self, request: VideoRequest) -> tuple[str, ...]:
         """Its fingerprint, and the one that a version which did not record `threads` gave it."""
         own = self.fingerprint(request)
@@ -146,22 +153,59 @@ def open_job(
         overwrite: with "add": nothing is kept, and files of the same names are replaced.
         notes: kept beside the settings, such as the command; they decide about nothing.
 
+    One transaction looks and adds, so that of several processes that start at once one adds the job, and the others
+    go on with it.
+
     Raises:
         JobChanged: with "resume", if another job is there.
     """
-    if mode == "resume" and (jobs := manifest.jobs()):
-        number, its = _the_same(manifest, folder, jobs, requests, settings)
-        remade = _remake_lost(manifest, folder)
-        now = {row.id: row for row in manifest.rows()}
-        rows = [now[id] for id in its]
-        manifest.take_over(number, [row.id for row in rows if row.job != number and row.state in OPEN])
-        return Job(number, rows, [row for row in rows if row.state == State.DONE], remade)
+    with manifest.one_transaction():
+        jobs = manifest.jobs()
+        if mode == "resume" and jobs:
+            return _resumed(manifest, folder, jobs, requests, settings)
+        if mode == "add" and not overwrite:
+            asked_before = [job for job in jobs if job.number == manifest.job_of(settings.job_key(requests))]
+            with suppress(JobChanged):
+                return _resumed(manifest, folder, asked_before, requests, settings, retry=True)
+        return _added(manifest, folder, requests, settings, mode, overwrite, notes or {})
+
+
+def _resumed(
+    manifest: Manifest,
+    folder: Path,
+    jobs: Sequence[JobRow],
+    requests: Sequence[VideoRequest],
+    settings: Settings,
+    *,
+    retry: bool = False,
+) -> Job:
+    """The job that is there. retry: what failed or was cancelled is made as well."""
+    number, its = _the_same(manifest, folder, jobs, requests, settings)
+    remade = _remake_lost(manifest, folder)
+    if retry:
+        manifest.retry((State.FAILED, State.CANCELLED), its)
+    now = {row.id: row for row in manifest.rows()}
+    rows = [now[id] for id in its]
+    manifest.take_over(number, [row.id for row in rows if row.job != number and row.state in OPEN])
+    return Job(number, rows, [row for row in rows if row.state == State.DONE], remade)
+
+
+def _added(
+    manifest: Manifest,
+    folder: Path,
+    requests: Sequence[VideoRequest],
+    settings: Settings,
+    mode: Mode,
+    overwrite: bool,
+    notes: Mapping[str, Any],
+) -> Job:
+    """A new job, of rows that are there already and of new ones."""
     remade = 0 if overwrite else _remake_lost(manifest, folder)
     there = manifest.rows()
     known = _match(there, requests, settings) if mode == "add" else {}
     new = [i for i in range(len(requests)) if i not in known]
     home, ending = _home(settings.naming), ENDINGS[settings.format]
-    files_there = {row.file for row in there} | {str(path.relative_to(folder)) for path in (folder / home).glob("*")}
+    files_there = {row.file for row in there} | {str(path.relative_to(folder)) for path in _taken_names(folder / home)}
     if overwrite:
         manifest.remake([row.id for row in known.values()])
         others = {file for file in files_there if Path(file).suffix not in (ending, ".json")}  # theirs are the sidecars
@@ -177,11 +221,19 @@ def open_job(
     ]
     again = [row.id for row in known.values() if overwrite or row.state != State.DONE]
     manifest.retry((State.FAILED, State.CANCELLED), again)
-    number = manifest.add_job({**settings.record, **(notes or {})}, added, again)
+    key = None if mode == "new" else settings.job_key(requests)
+    number = manifest.add_job({**settings.record, **notes}, added, again, key)
     every = {**dict(zip(new, added, strict=True)), **known}
     now = {row.id: row for row in manifest.rows()}
     rows = [now[every[i].id] for i in range(len(requests))]
     return Job(number, rows, [row for row in rows if row.state == State.DONE], remade)
+
+
+def _taken_names(home: Path) -> Iterator[Path]:
+    """Whatever is there, but for the sidecars of videos that are gone: they may be replaced."""
+    there = list(home.glob("*"))
+    videos = {without_ending(path.name) for path in there if path.suffix != ".json"}
+    return (path for path in there if path.suffix != ".json" or path.stem in videos or not is_own_sidecar(path))
 
 
 def _home(naming: Naming) -> Path:

@@ -2,28 +2,28 @@
 
 A kill at any moment leaves it right. A row is `done` only once its file has its final name and its hash stands in the
 row; both happen in one transaction, in which the row is locked. Several processes may work on one manifest: each claims
-rows, and whatever a dead process had claimed is taken back. Death is seen by a counter that stands still, by the
-observer's own monotonic clock, so a clock that is set back or forward changes nothing.
+rows, and whatever a dead process had claimed is taken back (see `leases`). A video whose processes died `MAX_DEATHS`
+times in a row, without a step that was saved in between, has failed: it would take down every worker in turn.
 """
 
 from __future__ import annotations
 
 import os
 import secrets
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Engine, create_engine, delete, event, func, select, update
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy import URL, and_, delete, func, select, update
 from sqlalchemy.orm import Session
 
-from reelbatch.jobs.processes import born_at, host, runs
-from reelbatch.jobs.schema import OPEN, Base, Finished, JobRow, ProcessRow, State, VideoRow
+from reelbatch.jobs import leases
+from reelbatch.jobs.database import Database, ManifestError
+from reelbatch.jobs.leases import Leases
+from reelbatch.jobs.processes import born_at, host
+from reelbatch.jobs.schema import OPEN, Base, DeathRow, Finished, JobKeyRow, JobRow, ProcessRow, State, VideoRow
 
 __all__ = [
     "FILE",
@@ -40,33 +40,26 @@ __all__ = [
 ]
 
 FILE = "manifest.sqlite"
-LEASE_SECONDS = 60.0
-"""A process whose counter stands still for so long has lost what it had claimed."""
-LOCK_SECONDS = 60
-"""How long another process's transaction is waited for."""
-
-
-class ManifestError(OSError):
-    """The manifest cannot be read or written; says which and why."""
+MAX_DEATHS = 3
+"""Processes that may die while they make a video, without a step gained, before it has failed."""
+ALONE_AFTER = 2
+"""Such deaths after which a video runs alone, so that it is seen whether it or another one is the cause."""
 
 
 def now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
-class Manifest:
+class Manifest(Database):
     """The rows of an output folder, and what may be done to them.
 
-    Every method is one transaction. Raises `ManifestError` where the database cannot be used.
+    Every method is one transaction; `one_transaction` joins several. Raises `ManifestError` where the database cannot
+    be used.
     """
 
-    def __init__(self, url: str, *, create: bool = True, lease_seconds: float = LEASE_SECONDS) -> None:
-        self.url, self.lease_seconds = url, lease_seconds
-        with self._errors_named():
-            self._engine = _connect(url)
-            if create:
-                Base.metadata.create_all(self._engine)
-        self._seen: dict[str, tuple[int, float]] = {}
+    def __init__(self, url: str | URL, *, create: bool = True, lease_seconds: float | None = None) -> None:
+        super().__init__(url, create=create)
+        self._leases = Leases(leases.LEASE_SECONDS if lease_seconds is None else lease_seconds)
 
     @classmethod
     def in_folder(cls, folder: Path, url: str | None = None, *, must_exist: bool = False, **options: Any) -> Manifest:
@@ -74,54 +67,39 @@ class Manifest:
         path = folder / FILE
         if url is None and must_exist and not path.exists():
             raise FileNotFoundError(f"{folder}: no job has run there (no {FILE}); name the --out folder of a job")
-        return cls(url or f"sqlite:///{path.resolve()}", create=not must_exist, **options)
-
-    def close(self) -> None:
-        self._engine.dispose()
-
-    @contextmanager
-    def _transaction(self) -> Iterator[Session]:
-        with self._errors_named(), Session(self._engine, expire_on_commit=False) as session, session.begin():
-            yield session
-
-    @contextmanager
-    def _reading(self) -> Iterator[Session]:
-        """Locks nothing, so that a folder that cannot be written to may be looked at."""
-        with (
-            self._errors_named(),
-            Session(self._engine.execution_options(reading=True), expire_on_commit=False) as session,
-        ):
-            yield session
-
-    @contextmanager
-    def _errors_named(self) -> Iterator[None]:
-        try:
-            yield
-        except SQLAlchemyError as error:
-            reason = error.orig if isinstance(error, DBAPIError) else error
-            raise ManifestError(f"the manifest {self._place} cannot be used: {reason}") from error
-
-    @property
-    def _place(self) -> str:
-        return self.url.rpartition("@")[2].removeprefix("sqlite:///")  # no password in a message
+        own = URL.create("sqlite", database=str(path.resolve()))  # as a text, it would end at a "?" in the path
+        return cls(url or own, create=not must_exist, **options)
 
     # -- jobs --------------------------------------------------------------------------------------
 
     def jobs(self) -> list[JobRow]:
         with self._reading() as session:
-            return list(session.scalars(select(JobRow).order_by(JobRow.number)))
+            return self._checked_jobs(list(session.scalars(select(JobRow).order_by(JobRow.number))))
 
-    def add_job(self, settings: Mapping[str, Any], rows: Sequence[VideoRow], adopt: Sequence[str] = ()) -> int:
-        """A new job of these rows, and of existing ones that are not done (`adopt`: their ids); returns its number."""
+    def add_job(
+        self, settings: Mapping[str, Any], rows: Sequence[VideoRow], adopt: Sequence[str] = (), key: str | None = None
+    ) -> int:
+        """A new job of these rows, and of existing ones that are not done (`adopt`: their ids); returns its number.
+
+        key: a fingerprint of settings and requests, of which this is the latest job; None: it may be there as well.
+        """
         with self._transaction() as session:
             job = JobRow(created=now(), settings=dict(settings))
             session.add(job)
             session.flush()
+            if key is not None:
+                session.execute(delete(JobKeyRow).where(JobKeyRow.fingerprint == key))
+                session.add(JobKeyRow(fingerprint=key, job=job.number))
             for row in rows:
                 row.job = job.number
             session.add_all(rows)
             self._move_into(session, job.number, adopt)
             return job.number
+
+    def job_of(self, key: str) -> int | None:
+        """Number of the latest job that was added under this key."""
+        with self._reading() as session:
+            return session.scalar(select(JobKeyRow.job).where(JobKeyRow.fingerprint == key))
 
     def take_over(self, job: int, ids: Sequence[str]) -> None:
         """Rows of other jobs that this one is to make."""
@@ -143,18 +121,20 @@ class Manifest:
         if states:
             wanted = wanted.where(VideoRow.state.in_(states))
         with self._reading() as session:
-            return list(session.scalars(wanted))
+            return self._checked(list(session.scalars(wanted.execution_options(populate_existing=True))))
 
     def row(self, id: str) -> VideoRow | None:
         with self._reading() as session:
-            return session.get(VideoRow, id)
+            return next(iter(self._checked(list(session.scalars(select(VideoRow).where(VideoRow.id == id))))), None)
 
     def counts(self, job: int | None = None) -> dict[State, int]:
         wanted = select(VideoRow.state, func.count()).group_by(VideoRow.state)
         if job is not None:
             wanted = wanted.where(VideoRow.job == job)
         with self._reading() as session:
-            counted = Counter({State(state): count for state, count in session.execute(wanted)})
+            counted = Counter({state: count for state, count in session.execute(wanted)})  # noqa: C416
+            if unknown := counted.keys() - set(State):
+                self._checked(list(session.scalars(select(VideoRow).where(VideoRow.state.in_(unknown)).limit(1))))
         return {state: counted[state] for state in State}
 
     def retry(self, states: Sequence[State], ids: Sequence[str] | None = None) -> list[str]:
@@ -174,6 +154,8 @@ class Manifest:
         """Rows whose files other videos take."""
         with self._transaction() as session:
             for some in _in_parts(files):
+                gone = select(VideoRow.id).where(VideoRow.file.in_(some))
+                session.execute(delete(DeathRow).where(DeathRow.video.in_(gone)))
                 session.execute(delete(VideoRow).where(VideoRow.file.in_(some)))
 
     def _move(self, states: Sequence[State], ids: Sequence[str] | None, **values: Any) -> list[str]:
@@ -184,6 +166,7 @@ class Manifest:
                 matching = list(session.scalars(which if some is None else which.where(VideoRow.id.in_(some))))
                 for part in _in_parts(matching):
                     session.execute(update(VideoRow).where(VideoRow.id.in_(part)).values(**values))
+                    session.execute(delete(DeathRow).where(DeathRow.video.in_(part)))
                 moved += matching
         return moved
 
@@ -205,16 +188,30 @@ class Manifest:
     def leave(self, owner: str) -> None:
         """The process ends; what it still has claimed waits again."""
         with self._transaction() as session:
-            self._take_back(session, [owner])
+            self._take_back(session, owner, died=False)
 
-    def claim(self, owner: str, job: int, count: int) -> list[VideoRow]:
-        """Up to `count` rows that wait, in the order of work; they now run, and are this process's."""
-        waiting = select(VideoRow).where(VideoRow.job == job, VideoRow.state == State.WAITING).order_by(VideoRow.turn)
+    def claim(self, owner: str, job: int, count: int, *, idle: bool = False) -> list[VideoRow]:
+        """Up to `count` rows that wait, in the order of work; they now run, and are this process's.
+
+        Rows whose processes died `ALONE_AFTER` times are left out. `idle`: this process runs nothing; where no other
+        row waits, it gets one of those, which it is to run alone.
+        """
+        deaths = func.coalesce(DeathRow.count, 0)
+        waiting = (
+            select(VideoRow, deaths)
+            .outerjoin(DeathRow, and_(DeathRow.video == VideoRow.id, DeathRow.step == VideoRow.step))
+            .where(VideoRow.job == job, VideoRow.state == State.WAITING)
+            .order_by(VideoRow.turn)
+            .with_for_update(of=VideoRow, skip_locked=True)
+        )
         with self._transaction() as session:
             if session.get(ProcessRow, owner) is None:
                 return []
-            rows = list(session.scalars(waiting.limit(count).with_for_update(skip_locked=True)))
-            for row in rows:
+            claimed = session.execute(waiting.where(deaths < ALONE_AFTER).limit(count)).all()
+            if idle and not claimed:
+                claimed = session.execute(waiting.where(deaths >= ALONE_AFTER).limit(1)).all()
+            rows = self._checked([row for row, _ in claimed])
+            for row, row.deaths in claimed:
                 row.state, row.owner, row.started, row.error = State.RUNNING, owner, now(), None
                 row.attempts += 1
             return rows
@@ -237,20 +234,11 @@ class Manifest:
             if row is None:
                 return False
             put_in_place()
-            self._set_done(row, finished)
+            row.state, row.owner, row.step, row.error, row.ended = State.DONE, None, 0, None, now()
+            for name, value in finished.columns.items():
+                setattr(row, name, value)
+            session.execute(delete(DeathRow).where(DeathRow.video == id))
             return True
-
-    def adopt(self, id: str, finished: Finished) -> None:
-        """A video whose file was there already, made before a kill, is done."""
-        with self._transaction() as session:
-            row = session.get_one(VideoRow, id)
-            self._set_done(row, finished)
-
-    @staticmethod
-    def _set_done(row: VideoRow, finished: Finished) -> None:
-        row.state, row.owner, row.step, row.error, row.ended = State.DONE, None, 0, None, now()
-        for name, value in finished.columns.items():
-            setattr(row, name, value)
 
     def fail(self, owner: str, id: str, error: str) -> bool:
         values = {"state": State.FAILED, "owner": None, "step": 0, "error": error, "ended": now()}
@@ -268,32 +256,43 @@ class Manifest:
             return set(session.scalars(select(ProcessRow.id)))
 
     def reap(self) -> list[str]:
-        """Takes back what dead processes had claimed; returns their names.
-
-        A process is dead that is of this host and does not run, or whose counter stood still for the lease, which
-        this object has to have watched.
-        """
+        """Takes back what processes had claimed that died or stand still; returns their names."""
         with self._transaction() as session:
-            processes = list(session.scalars(select(ProcessRow)))
-            dead = [process.id for process in processes if self._is_dead(process)]
-            self._take_back(session, dead)
-            return dead
-
-    def _is_dead(self, process: ProcessRow) -> bool:
-        if process.host == host():
-            return not runs(process.pid, process.born)
-        beat, since = self._seen.get(process.id, (None, 0.0))
-        if beat != process.beat:
-            self._seen[process.id] = (process.beat, time.monotonic())
-            return False
-        return time.monotonic() - since > self.lease_seconds
+            processes = [(process, self._leases.end(process)) for process in session.scalars(select(ProcessRow))]
+            ended = {process.id: end for process, end in processes if end is not None}
+            for owner, end in ended.items():
+                self._take_back(session, owner, died=end == "died")
+            return list(ended)
 
     @staticmethod
-    def _take_back(session: Session, owners: Sequence[str]) -> None:
-        for id in owners:
-            freed = update(VideoRow).where(VideoRow.owner == id, VideoRow.state == State.RUNNING)
-            session.execute(freed.values(state=State.WAITING, owner=None))
-            session.execute(delete(ProcessRow).where(ProcessRow.id == id))
+    def _take_back(session: Session, owner: str, *, died: bool) -> None:
+        mine = select(VideoRow).where(VideoRow.owner == owner, VideoRow.state == State.RUNNING)
+        for row in session.scalars(mine.with_for_update()):
+            row.state, row.owner = State.WAITING, None
+            if died and _died_again(session, row) >= MAX_DEATHS:
+                row.state, row.ended, row.error = State.FAILED, now(), _death_reason(row)
+                row.step = 0
+        session.execute(delete(ProcessRow).where(ProcessRow.id == owner))
+
+
+def _died_again(session: Session, row: VideoRow) -> int:
+    """Counts a death of the process that made a video; returns how many there were since its saved step changed."""
+    death = session.get(DeathRow, row.id)
+    if death is None:
+        death = DeathRow(video=row.id, step=row.step, count=0)
+        session.add(death)
+    elif death.step != row.step:
+        death.step, death.count = row.step, 0
+    death.count += 1
+    return death.count
+
+
+def _death_reason(row: VideoRow) -> str:
+    at = f"after step {row.step}" if row.step else "before a step was saved"
+    return (
+        f"the process that made it died {MAX_DEATHS} times, each time {at}, the last time while it ran alone: see what "
+        "ended the process (memory?); `reelbatch job retry` puts the video back in line"
+    )
 
 
 def _owned(id: str, owner: str) -> Any:
@@ -303,24 +302,3 @@ def _owned(id: str, owner: str) -> Any:
 def _in_parts(ids: Sequence[str], size: int = 500) -> list[Sequence[str]]:
     """SQL has a limit of values in a statement."""
     return [ids[start : start + size] for start in range(0, len(ids), size)]
-
-
-def _connect(url: str) -> Engine:
-    try:
-        engine = create_engine(url, connect_args={"timeout": LOCK_SECONDS} if url.startswith("sqlite") else {})
-    except ModuleNotFoundError as error:
-        raise ManifestError(f"the manifest's database needs {error.name}: pip install {error.name}") from None
-    if engine.dialect.name == "sqlite":
-        # A kill or a power cut loses no committed row; journals beside the file work on network folders too, where
-        # write-ahead logs do not. Every transaction locks at its start, so none that has read must be turned away.
-        @event.listens_for(engine, "connect")
-        def _settings(connection: Any, _: Any) -> None:
-            connection.isolation_level = None
-            connection.execute("PRAGMA synchronous=FULL")
-
-        @event.listens_for(engine, "begin")
-        def _begin(connection: Any) -> None:
-            reading = connection.get_execution_options().get("reading")
-            connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
-
-    return engine

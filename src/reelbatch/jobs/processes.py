@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -41,3 +42,14 @@ def born_at(pid: int) -> float:
         return float(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
     except OSError:
         return float(psutil.Process(pid).create_time())
+
+
+def that_opened(path: Path) -> str:
+    """The other processes that have a file open, for the end of a message: who holds a lock is one of them. Empty where
+    none is seen."""
+    seen = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            if process.pid != os.getpid() and any(file.path == str(path) for file in process.open_files()):
+                seen.append(f"process {process.pid} ({process.status()})")
+    return f"; it is open in {', '.join(seen)}" if seen else ""

@@ -12,7 +12,8 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from reelbatch.request import VideoRequest
 
-SCHEMA = 1
+SCHEMA = 2
+"""2 added the tables `job_key` and `death`, which are made where they are missing; no table of 1 was changed."""
 
 
 class State(StrEnum):
@@ -31,7 +32,13 @@ class Base(DeclarativeBase):
 
 
 class JobRow(Base):
-    """A call that asked for videos. `settings`: what decides about their frames and names. `created`: UTC, ISO."""
+    """A call that asked for videos.
+
+    Attributes:
+        settings: what decides about their frames and names.
+        created: UTC, ISO.
+        schema: of the manifest, when the job was added.
+    """
 
     __tablename__ = "job"
 
@@ -39,6 +46,25 @@ class JobRow(Base):
     created: Mapped[str]
     settings: Mapped[dict[str, Any]]
     schema: Mapped[int] = mapped_column(default=SCHEMA)
+
+
+class JobKeyRow(Base):
+    """The latest job of certain settings and requests. The unique key keeps two processes from adding a job twice."""
+
+    __tablename__ = "job_key"
+
+    fingerprint: Mapped[str] = mapped_column(primary_key=True)
+    job: Mapped[int] = mapped_column(ForeignKey("job.number"))
+
+
+class DeathRow(Base):
+    """A video whose process died. `count`: processes that did in a row, while its saved step remained `step`."""
+
+    __tablename__ = "death"
+
+    video: Mapped[str] = mapped_column(primary_key=True)
+    step: Mapped[int]
+    count: Mapped[int]
 
 
 class ProcessRow(Base):
@@ -96,8 +122,14 @@ class VideoRow(Base):
     started: Mapped[str | None]
     ended: Mapped[str | None]
 
+    deaths = 0  # not a column: `DeathRow.count`, for a row that was claimed
+
     def to_request(self) -> VideoRequest:
-        return VideoRequest(**self.request)
+        """Raises ValueError if the row holds no request."""
+        try:
+            return VideoRequest(**self.request)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"row {self.id} of the manifest ({self.file}) holds no valid request: {error}") from error
 
     def record(self) -> dict[str, Any]:
         """All columns, as JSON values."""

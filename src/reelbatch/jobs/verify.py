@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from reelbatch.formats import digest
+from reelbatch.files import move_new, unused
+from reelbatch.formats import digest, holds_only_pictures
 from reelbatch.jobs.manifest import Manifest, State, VideoRow
 from reelbatch.jobs.worker import is_damaged
-from reelbatch.video import sidecar
+from reelbatch.video import is_own_sidecar, sidecar
 
 DAMAGED = "damaged"
 """Folder, in the output folder, of files that were not what was written."""
@@ -29,7 +30,11 @@ def verify(manifest: Manifest, folder: Path, job: int | None = None) -> Iterator
 
 
 def make_again(manifest: Manifest, folder: Path, rows: Sequence[VideoRow]) -> None:
-    """These wait again; files that are damaged are kept under another name."""
+    """These wait again; files that are damaged are kept in another folder.
+
+    Links and folders at a video's name are left alone, as other people's files are: a link may come back to life, such
+    as one to a disk that is not there now.
+    """
     for row in rows:
         _set_aside(folder, row.file)
     manifest.remake([row.id for row in rows])
@@ -37,10 +42,11 @@ def make_again(manifest: Manifest, folder: Path, rows: Sequence[VideoRow]) -> No
 
 def _set_aside(folder: Path, file: str) -> None:
     path = folder / file
-    if path.exists():
+    if (path.is_file() and not path.is_symlink()) or holds_only_pictures(path):
         (folder / DAMAGED).mkdir(exist_ok=True)
-        path.replace(folder / DAMAGED / path.name)
-    sidecar(path).unlink(missing_ok=True)
+        move_new(path, unused(folder / DAMAGED / path.name))
+    if is_own_sidecar(sidecar(path)):
+        sidecar(path).unlink()
 
 
 def _problem(path: Path, row: VideoRow) -> str | None:

@@ -1,12 +1,14 @@
 """A worker: an engine makes the videos that a manifest asks for, and a thread beside it writes them.
 
 What a kill leaves is put right at the next start: a row that was claimed waits again, a file that has its final name is
-whole and is adopted, and the unfinished files of a dead process are removed.
+whole and is adopted, and the unfinished files of a dead process are removed. A process that was stopped for longer than
+its lease has lost its rows: what it makes of them is thrown away, and it claims others.
 """
 
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 import time
 from collections import deque
@@ -24,10 +26,20 @@ from reelbatch.engine.fallback import with_reliefs
 from reelbatch.engine.sample import SavedState
 from reelbatch.formats import digest
 from reelbatch.jobs.heartbeat import BEAT_SECONDS, Heartbeat
-from reelbatch.jobs.manifest import OPEN, Finished, Manifest, ManifestError, VideoRow
+from reelbatch.jobs.manifest import ALONE_AFTER, OPEN, Finished, Manifest, ManifestError, State, VideoRow
 from reelbatch.jobs.states import States
 from reelbatch.request import VideoRequest
-from reelbatch.video import MADE_BY, PART, RECORDED_LATER, Video, embedded_record, read_video, write_sidecar
+from reelbatch.video import (
+    MADE_BY,
+    PART,
+    RECORDED_LATER,
+    Video,
+    embedded_record,
+    is_own_sidecar,
+    read_video,
+    sidecar,
+    write_sidecar,
+)
 
 OWN_FOLDER = ".reelbatch"
 UNWRITTEN = 4
@@ -116,14 +128,16 @@ class Worker:
                 yield from self._claim()
                 self._drop_lost()
                 if not self.engine.busy:
+                    yield from self._ended(leave=0)  # so that a video that ends its process takes no other with it
+                    yield from self._claim(idle=True)
                     yield from self._ended(leave=0)
-                    if not self._others_work():
+                    if not self.engine.busy and not self._others_work():
                         break
                     continue
                 self._receive(self.engine.step())
                 yield from self._ended(max(UNWRITTEN, self.engine.planner.max_batch_size))
                 steps += 1
-                if self.checkpoint_every and steps % self.checkpoint_every == 0:
+                if self._checkpoint_is_due(steps):
                     self._save_states()
             self._receive(self.engine.drain())
             yield from self._ended(leave=0)
@@ -132,17 +146,23 @@ class Worker:
 
     # -- before a step -----------------------------------------------------------------------------
 
-    def _claim(self) -> Iterator[Outcome]:
-        """Rows enough for the next batch; the rest is left to other processes."""
+    def _claim(self, idle: bool = False) -> Iterator[Outcome]:
+        """Rows enough for the next batch; the rest is left to other processes. idle: see `Manifest.claim`."""
         room = self.engine.planner.max_batch_size - self.engine.waiting
-        if room <= 0:
+        if room <= 0 or any(row.deaths >= ALONE_AFTER for row in self._rows.values()):
             return
-        for row in self.manifest.claim(self._heartbeat.owner, self.job, room):
+        owner = self._heartbeat.owner
+        for row in self.manifest.claim(owner, self.job, room, idle=idle):
+            if row.id in self._rows:  # lost while this process was stopped, and left again by who had it
+                self._rows[row.id] = row
+                continue
             request, path = row.to_request(), self.folder / row.file
-            finished = None if self.overwrite else self._finished_before(path, row)
-            if finished is not None:
-                self.manifest.adopt(row.id, finished)
-                yield Outcome(request, path, embedded_record(path))
+            if not self.overwrite and os.path.lexists(path):
+                record = self._finished_before(path, row)
+                if record is None:
+                    self._failures.append((row, Failure(request, FileExistsError(f"{path} exists"))))
+                elif self._adopt(path, row, record, owner):
+                    yield Outcome(request, path, record)
                 continue
             self._rows[row.id] = row
             try:
@@ -159,25 +179,33 @@ class Worker:
             log.warning("%s: it starts anew", error)
             self.engine.submit(request)
 
-    def _finished_before(self, path: Path, row: VideoRow) -> Finished | None:
-        """What to record of a whole video of this very row, which a process put in place before it was killed."""
-        record = embedded_record(path) if path.exists() else None
+    def _finished_before(self, path: Path, row: VideoRow) -> dict[str, Any] | None:
+        """The record of a whole video of this very row, which a process put in place before it was killed; None: it is
+        another file."""
+        record = embedded_record(path)
         if record is None or record.get("request") != row.request or is_damaged(path, row.to_request()):
             return None
         decides = [*MADE_BY, *(name for name in RECORDED_LATER if name in record)]
         if any(record.get(name) != self.engine.info[name] for name in decides):
             return None
-        if self.sidecars:
-            write_sidecar(path, record)
-        return _finished(path, record, self.weights, record["seconds"])
+        return record
+
+    def _adopt(self, path: Path, row: VideoRow, record: dict[str, Any], owner: str) -> bool:
+        """A video that is in its place is done; False if the row is no longer this process's."""
+
+        def complete() -> None:
+            beside = sidecar(path)
+            if self.sidecars and (is_own_sidecar(beside) or not os.path.lexists(beside)):
+                write_sidecar(path, record)
+
+        return self.manifest.finish(owner, row.id, _finished(path, record, self.weights, record["seconds"]), complete)
 
     def _drop_lost(self) -> None:
         """What was cancelled, or taken by others who thought this process dead, is not made any further."""
         if time.monotonic() - self._looked < BEAT_SECONDS:
             return
         self._looked = time.monotonic()
-        mine = self.manifest.mine(self._heartbeat.owner)
-        for id in self._rows.keys() - mine:
+        for id in self._rows.keys() - self.manifest.mine(self._heartbeat.owner):
             self.engine.cancel(id)
 
     def _others_work(self) -> bool:
@@ -207,11 +235,12 @@ class Worker:
         """Outcomes, each once the manifest has it; waits for the writer only while more than `leave` are open."""
         while self._failures:
             row, failure = self._failures[0]
-            if not failure.cancelled:
-                self.manifest.fail(self._heartbeat.owner, row.id, _reason(failure.error))
-            self.states.forget(row.fingerprint)
+            ended = self._has_ended(row, failure)
+            if ended:
+                self.states.forget(row.fingerprint)
             self._failures.popleft()
-            yield Outcome(failure.request, self.folder / row.file, error=failure.error, cancelled=failure.cancelled)
+            if ended:
+                yield Outcome(failure.request, self.folder / row.file, error=failure.error, cancelled=failure.cancelled)
         while self._unwritten and (self._unwritten[0].future.done() or len(self._unwritten) > leave):
             done = self._unwritten.popleft()
             path = self.folder / done.row.file
@@ -220,11 +249,18 @@ class Worker:
             except (FolderError, ManifestError):
                 raise
             except Exception as error:
-                self.manifest.fail(self._heartbeat.owner, done.row.id, _reason(error))
-                yield Outcome(done.request, path, error=error)
+                if self._has_ended(done.row, Failure(done.request, error)):
+                    yield Outcome(done.request, path, error=error)
             else:
                 if record is not None:
                     yield Outcome(done.request, path, record)
+
+    def _has_ended(self, row: VideoRow, failure: Failure) -> bool:
+        """Whether a request has ended with this failure; False: another process has taken it over, and goes on."""
+        if not failure.cancelled and self.manifest.fail(self._heartbeat.owner, row.id, _reason(failure.error)):
+            return True
+        now = self.manifest.row(row.id)
+        return now is None or now.state == State.CANCELLED
 
     def _write(self, video: Video, row: VideoRow) -> dict[str, Any] | None:
         """Returns the record; None if the row is no longer this process's, whose file is then thrown away."""
@@ -238,18 +274,20 @@ class Worker:
                     raise
                 if wait is None:
                     self._given_up = True
-                    raise FolderError(
-                        f"{self.folder} takes no more files: {error.strerror or error}. Nothing is lost: put that "
-                        "right, and the same command goes on."
-                    ) from error
+                    raise self._error_of_folder(error) from error
                 log.warning("%s could not be written (%s): tried again in %g s", row.file, error, wait)
                 time.sleep(wait)
         raise AssertionError("unreachable: the last attempt returns or raises")
 
+    def _error_of_folder(self, error: OSError) -> FolderError:
+        return FolderError(
+            f"{self.folder} takes no more files: {error.strerror or error}. Nothing is lost: put that right, and the "
+            "same command goes on."
+        )
+
     def _write_once(self, video: Video, row: VideoRow) -> dict[str, Any] | None:
         started, own, owner = time.perf_counter(), self._own_folder(self._heartbeat.owner), self._heartbeat.owner
-        own.mkdir(parents=True, exist_ok=True)
-        (self.folder / row.file).parent.mkdir(exist_ok=True)
+        self._make_folders(own, (self.folder / row.file).parent)
         with video.written_aside(self.folder / row.file, own) as file:
             seconds = {**video.provenance["seconds"], "write": time.perf_counter() - started}
             finished = _finished(file.part, video.record, self.weights, seconds)
@@ -262,10 +300,30 @@ class Worker:
     # -- for other processes -----------------------------------------------------------------------
 
     def _save_states(self, let_go: bool = False) -> None:
-        states = self.engine.states()
-        for id, state in states.items():
-            self.states.save(self._rows[id].fingerprint, state)
+        mine = self.manifest.mine(self._heartbeat.owner)
+        states = {id: state for id, state in self.engine.states().items() if id in mine}
+        try:
+            self._make_folders()
+            for id, state in states.items():
+                self.states.save(self._rows[id].fingerprint, state)
+        except OSError as error:
+            raise self._error_of_folder(error) from error
         self.manifest.saved(self._heartbeat.owner, {id: state.step for id, state in states.items()}, let_go=let_go)
+
+    def _checkpoint_is_due(self, steps: int) -> bool:
+        """Whether states are saved after so many steps: at every one, where a row's process has died before, so that a
+        process that dies again is seen to have gained a step."""
+        regular = bool(self.checkpoint_every) and steps % (self.checkpoint_every or 1) == 0
+        return regular or any(row.deaths for row in self._rows.values())
+
+    def _make_folders(self, *folders: Path) -> None:
+        """Makes folders in the output folder, which is not made anew where it is gone."""
+        if not self.folder.is_dir():
+            raise FileNotFoundError(
+                errno.ENOENT, "the folder is gone, since it was moved or removed or its disk is away"
+            )
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
 
     def _own_folder(self, owner: str) -> Path:
         """Where a process writes what is not in its place yet."""

@@ -8,11 +8,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import regex
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from reelbatch.jobs import naming as module
-from reelbatch.jobs.naming import Naming, file_stem, name_all, vbench_problems
+from reelbatch.jobs.naming import MAX_STEM_BYTES, Naming, ascii_stem, file_stem, name_all, vbench_problems
 from reelbatch.jobs.prompts import make_requests, named_after, read_entries
 from reelbatch.request import SEED_LIMIT, VideoRequest
 from reelbatch.video import sidecar
@@ -20,7 +21,7 @@ from reelbatch.video import sidecar
 VBENCH = Path(__file__).parents[1] / "shared" / "data" / "vbench"
 if not VBENCH.exists():
     VBENCH = Path(__file__).parents[2] / "shared" / "data" / "vbench"
-NAMINGS: tuple[Naming, ...] = ("default", "vbench")
+NAMINGS: tuple[Naming, ...] = ("default", "ascii", "vbench")
 
 
 def asked(*prompts: str, seed: int = 0) -> list[VideoRequest]:
@@ -28,7 +29,7 @@ def asked(*prompts: str, seed: int = 0) -> list[VideoRequest]:
 
 
 def caseless(name: str) -> str:
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).upper().casefold())
 
 
 AWKWARD = [
@@ -100,13 +101,70 @@ def test_vbench_names_hold_the_prompt_and_count_its_videos_from_0(prompts: list[
         seen[prompt] += 1
 
 
-@given(letters.filter(str.strip), st.integers(0, SEED_LIMIT - 1))
-def test_default_names_are_plain_on_every_system(prompt: str, seed: int) -> None:
-    stem = file_stem(VideoRequest(prompt=prompt, seed=seed))
+SEEDS = st.integers(0, SEED_LIMIT - 1)
+RESERVED = set('/\\:*?"<>| .')
+
+
+@given(letters.filter(str.strip), SEEDS)
+def test_ascii_names_are_plain_on_every_system(prompt: str, seed: int) -> None:
+    stem = ascii_stem(VideoRequest(prompt=prompt, seed=seed))
     assert stem.isascii() and stem == stem.lower()
     assert len(stem) <= 90
-    assert not set(stem) & set('/\\:*?"<>| .')
+    assert not set(stem) & RESERVED
     assert stem.endswith(f"-seed{seed}")  # so it is never con, nul or aux either
+
+
+@given(awkward | letters.filter(str.strip), SEEDS)
+@example("\u3164\u115f", 0)  # letters that nobody sees
+@example("- \u0308\u0308x\u20dd\u0308", 0)  # marks on nothing
+@example("e\u0301" * 100, 0)
+@example("x" + "\u0308" * 200, 0)
+def test_default_names_can_be_written_and_seen_on_every_system(prompt: str, seed: int) -> None:
+    stem = file_stem(VideoRequest(prompt=prompt, seed=seed))
+    assert stem.endswith(f"-seed{seed}")
+    assert not set(stem) & RESERVED
+    words = stem.removesuffix(f"-seed{seed}")
+    assert regex.fullmatch(r"([\p{L}\p{N}][\p{L}\p{N}\p{Mn}\p{Mc}-]*)?", words)
+    assert not regex.search(r"\p{Default_Ignorable_Code_Point}|-\p{M}", words)
+    assert unicodedata.is_normalized("NFC", stem) and len(f"{stem}-999999".encode()) <= MAX_STEM_BYTES
+    if prompt.isascii() and all(len(word) <= 32 for word in regex.split("[^a-zA-Z0-9]+", prompt)):
+        assert stem == ascii_stem(VideoRequest(prompt=prompt, seed=seed))  # as it always was
+
+
+@pytest.mark.parametrize(
+    ("prompt", "name"),
+    [
+        ("一只猫在海滩上", "一只猫在海滩上-seed0.mp4"),
+        ("Кот на ПЛЯЖЕ!", "кот-на-пляже-seed0.mp4"),
+        ("Cafe\u0301 am Meer", "café-am-meer-seed0.mp4"),
+        ("می\u200cخواهم", "می-خواهم-seed0.mp4"),
+        ("हिन्दी में बिल्ली", "हिन्दी-में-बिल्ली-seed0.mp4"),
+        ("\u202egnp.mp4 \u200bcat", "gnp-mp4-cat-seed0.mp4"),
+        ("🎬 ✨", "video-seed0.mp4"),
+        ("猫" * 300, "猫" * 64 + "-seed0.mp4"),
+        ("😺 " + "𠀀" * 300, "𠀀" * 54 + "-seed0.mp4"),
+        ("क्षि" * 40, "क्षि" * 16 + "-seed0.mp4"),
+        ("हि" * 31 + "aक्षि", "हि" * 31 + "a-seed0.mp4"),
+    ],
+)
+def test_default_names_keep_letters_of_any_script(prompt: str, name: str) -> None:
+    assert name_all(asked(prompt), "default") == [name]
+    assert name_all(asked(prompt), "ascii")[0].isascii()
+
+
+def test_names_that_a_file_system_holds_to_be_one_are_numbered() -> None:
+    found = name_all(asked("Straße", "STRASSE", "\u0131", "I", "\u212a", "k", "シ", "ジ", "シ\u3099"), "default")
+    assert found == [
+        *("straße-seed0.mp4", "strasse-seed0-2.mp4", "\u0131-seed0.mp4", "i-seed0-2.mp4"),
+        *("k-seed0.mp4", "k-seed0-2.mp4", "シ-seed0.mp4", "ジ-seed0.mp4", "ジ-seed0-2.mp4"),
+    ]
+
+
+def test_a_stem_is_taken_by_a_video_of_any_format_and_by_a_sidecar() -> None:
+    there = ["a-cat-seed0.mp4", "A-CAT-seed0-2.GIF", "a-cat-seed0-3", "a-cat-seed0-4.json", "a-cat-seed0-5.txt"]
+    assert name_all(asked("a cat"), "default", there, ending=".webm") == ["a-cat-seed0-5.webm"]
+    assert name_all(asked("a cat", "a cat"), "default", ending="") == ["a-cat-seed0", "a-cat-seed0-2"]
+    assert name_all(asked("v1.5"), "vbench", ["v1.5-0"], ending=".gif") == ["v1.5-1.gif"]
 
 
 def test_default_names_number_what_reads_alike() -> None:
@@ -170,13 +228,13 @@ def test_many_copies_do_not_take_the_square_of_the_time(monkeypatch: pytest.Monk
 def test_a_name_stands_in_for_the_prompt() -> None:
     requests = [VideoRequest(prompt="a cat. Realistic", name="A/cat", seed=3), VideoRequest(prompt="a dog", seed=4)]
     assert name_all(requests, "vbench") == ["A_cat-0.mp4", "a dog-0.mp4"]
-    assert name_all(requests, "default") == ["a-cat-seed3.mp4", "a-dog-seed4.mp4"]
+    assert name_all(requests, "default") == name_all(requests, "ascii") == ["a-cat-seed3.mp4", "a-dog-seed4.mp4"]
     (problem,) = vbench_problems(requests)
     assert problem.startswith("'A/cat': no file name can hold '/'")
 
 
 def test_another_naming_is_refused() -> None:
-    with pytest.raises(ValueError, match="naming='flat' must be 'default' or 'vbench'"):
+    with pytest.raises(ValueError, match="naming='flat' must be 'default', 'ascii' or 'vbench'"):
         name_all(asked("a cat"), "flat")  # type: ignore[arg-type]
 
 

@@ -35,7 +35,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("models",),
     ("attention",),
     ("ragged", "video", "geometry"),
-    ("request",),
+    ("request", "formats"),
     ("device", "versions", "tracing", "files", "outside_json"),
     ("wording",),
 )

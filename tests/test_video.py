@@ -59,7 +59,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     def fails(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(video, "_encode", fails)
+    monkeypatch.setattr(video, "encode", fails)
     with pytest.raises(OSError, match="No space"):
         make_video().save(tmp_path / "v.mp4")
     assert list(tmp_path.iterdir()) == []

@@ -171,6 +171,7 @@ def cache_folder() -> Path:
     return Path(given).expanduser() if given else user_cache_path("reelbatch", appauthor=False)
 
 
+@cache
 def processor_name() -> str:
     """The processor, as the system calls it."""
     info = Path("/proc/cpuinfo")
@@ -186,6 +187,13 @@ def device_name(device: torch.device | str) -> str:
         return torch.cuda.get_device_name(device)
     capability = torch.backends.cpu.get_cpu_capability()
     return f"{processor_name()}, {torch.get_num_threads()} threads, {capability}"
+
+
+def processor_of(device: torch.device) -> str:
+    """A device with what the last bits of its results depend on, the number of threads aside."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{processor_name()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def threads_of(device: torch.device) -> int | None:

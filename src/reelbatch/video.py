@@ -1,8 +1,8 @@
-"""Video: frames and where they came from. Writes mp4, sidecar and contact sheet; reads them back.
+"""Video: frames and where they came from. Writes video, sidecar and contact sheet; reads them back.
 
-A finished video on disk is two files: `name.mp4` (H.264) and `name.json`, its record: the request, the model and
-versions that made it, and the SHA-256 of its frames as they were before compression. The mp4 carries the same record
-in its `comment`. The mp4 is written under another name and renamed, so what has its name is whole.
+A finished video on disk is two files: `name.mp4` (or another of `reelbatch.formats`) and `name.json`, its record: the
+request, the model and versions that made it, and the SHA-256 of its frames as they were before compression. The video
+carries the same record as its comment. It is written under another name and renamed, so what has its name is whole.
 """
 
 from __future__ import annotations
@@ -20,22 +20,18 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import av
 import numpy as np
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, VideoReformatter
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from reelbatch.files import PART, aside, move_new, sync
+from reelbatch.formats import ENDINGS, Frames, comment_of, decode, encode, format_of, holds_only_pictures, remove
 from reelbatch.request import RequestDefaults, VideoRequest
 
 if TYPE_CHECKING:
     import torch
 
-Frames = NDArray[np.uint8]
-
-CRF = "12"  # near lossless: little videos keep their colours, large ones are still small next to what they cost
 MADE_BY = ("model", "dtype", "isolation")  # what makes two videos of one request the same, of a record's entries
+RECORDED_LATER = ("threads", "weights", "lora")  # the same, which earlier versions did not record
 
 
 @dataclass
@@ -72,11 +68,15 @@ class Video:
         return {"request": request, **self.provenance, "frames_sha256": self.frames_sha256}
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
-        """Writes `path` (an .mp4; its folder is created if need be) and the sidecar beside it; returns the path.
+        """Writes `path` and the sidecar beside it; returns the path.
+
+        Args:
+            path: .mp4, .webm or .gif; without an ending, a folder of PNG pictures `0000.png`, `0001.png`, …. The folder
+                that it is in is created if need be.
 
         Raises:
             FileExistsError: if the video is there already, unless `overwrite`.
-            ValueError: for another ending than .mp4, and for odd sizes, which H.264 does not have.
+            ValueError: for another ending, and for odd sizes in mp4, which H.264 does not have.
             OSError: if it cannot be written; nothing half-written bears the name.
         """
         path = Path(path)
@@ -89,29 +89,27 @@ class Video:
 
     @contextmanager
     def written_aside(self, path: Path, folder: Path | None = None) -> Iterator[Aside]:
-        """The whole file that `path` is to become, on the disk under another name; removed if it is not put in place.
+        """The whole video that `path` is to become, on the disk under another name; removed if it is not put in place.
 
         folder: where it is written, on the same file system; `path`'s own by default.
 
         Raises:
-            ValueError: for another ending than .mp4, and for odd sizes, which H.264 does not have.
+            ValueError: for another ending than a format's, and for odd sizes in mp4, which H.264 does not have.
             OSError: if it cannot be written.
         """
-        if path.suffix.lower() != ".mp4":
-            raise ValueError(f"{path}: videos are saved as .mp4")
+        format = format_of(path)
         part = (folder or path.parent) / f".{secrets.token_hex(8)}{PART}"
         try:
-            record = json.dumps(self.record, default=str)  # ASCII: no character that an mp4 tag could not hold
-            _encode(self.frames, self.request.fps or RequestDefaults.fps, part, record)
-            sync(part)
+            record = json.dumps(self.record, default=str)  # ASCII: no character that a tag could not hold
+            encode(self.frames, self.request.fps or RequestDefaults.fps, part, format, record)
             yield Aside(part, path, self.record)
         finally:
-            part.unlink(missing_ok=True)
+            remove(part)
 
 
 @dataclass(frozen=True)
 class Aside:
-    """A complete video file that waits for its final name. record: what its sidecar will say."""
+    """A complete video that waits for its final name. record: what its sidecar will say."""
 
     part: Path
     path: Path
@@ -124,7 +122,9 @@ class Aside:
         replaceable = is_own_sidecar(beside) or (overwrite and beside.is_file())
         if with_sidecar and os.path.lexists(beside) and not replaceable:
             raise FileExistsError(f"{beside} exists and is no video's sidecar; move it away, or give another name")
-        if overwrite and not self.path.is_dir():
+        if self.part.is_dir():
+            _place_folder(self.part, self.path, overwrite)
+        elif overwrite and not self.path.is_dir():
             self.part.replace(self.path)
         else:
             try:
@@ -139,7 +139,8 @@ class Aside:
 
 def sidecar(path: Path) -> Path:
     """The JSON file beside a video."""
-    return path.with_suffix(".json")
+    ends = path.suffix.lower() in ENDINGS.values()
+    return path.with_suffix(".json") if ends else path.with_name(f"{path.name}.json")
 
 
 def is_own_sidecar(path: Path) -> bool:
@@ -159,18 +160,11 @@ def write_sidecar(path: Path, record: Mapping[str, Any], folder: Path | None = N
         part.write_text(json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
 
 
-def read_video(path: str | Path) -> Frames:
-    """The frames of a video file, uint8 `[frames, height, width, 3]`, RGB; H.264 is near what was saved, not equal.
-
-    Raises:
-        OSError, ValueError: for a file that cannot be read or decoded.
-    """
-    with av.open(str(path)) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+read_video = decode
 
 
 def read_record(path: str | Path) -> dict[str, Any] | None:
-    """The record of a saved video, from its sidecar or else from the mp4 itself; None if neither has one."""
+    """The record of a saved video, from its sidecar or else from the video itself; None if neither has one."""
     try:
         record = json.loads(sidecar(Path(path)).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -179,11 +173,10 @@ def read_record(path: str | Path) -> dict[str, Any] | None:
 
 
 def embedded_record(path: str | Path) -> dict[str, Any] | None:
-    """The record that an mp4 itself carries."""
+    """The record that a video itself carries."""
     try:
-        with av.open(str(path)) as container:
-            record = json.loads(container.metadata.get("comment", ""))
-    except (OSError, ValueError):
+        record = json.loads(comment_of(path))
+    except (OSError, ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
 
@@ -339,26 +332,19 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
 
 
-def _encode(frames: Frames, fps: int, path: Path, comment: str) -> None:
-    """H.264 in mp4, 4:2:0, BT.709 and marked so, for every player to show the same colours."""
-    height, width = frames.shape[1:3]
-    if height % 2 or width % 2:
-        raise ValueError(f"H.264 needs even sizes, and the frames are {width}×{height}")
-    with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
-        container.metadata["comment"] = comment
-        stream = container.add_stream("libx264", rate=fps, width=width, height=height, options={"crf": CRF})
-        stream.pix_fmt = "yuv420p"
-        codec = stream.codec_context
-        codec.thread_count = 1  # it writes beside the next steps, whose cores and memory it leaves alone
-        codec.color_range, codec.colorspace = ColorRange.MPEG, Colorspace.ITU709
-        codec.color_primaries, codec.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
-        reformatter = VideoReformatter()  # one for all frames: each sets itself up anew
-        for frame in frames:
-            picture = reformatter.reformat(
-                av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24"),
-                format="yuv420p",
-                dst_colorspace=Colorspace.ITU709,
-                dst_color_range=ColorRange.MPEG,
-            )
-            container.mux(stream.encode(picture))
-        container.mux(stream.encode(None))
+def _place_folder(part: Path, path: Path, overwrite: bool) -> None:
+    """A folder takes no other's place at once: what is replaced has another name for a moment."""
+    if not os.path.lexists(path):
+        part.rename(path)
+        return
+    if not (overwrite and holds_only_pictures(path)):
+        problem = "is no folder of pictures alone; give" if overwrite else "exists; overwrite=True, or give"
+        raise FileExistsError(f"{path} {problem} another name")
+    old = part.with_name(f".{secrets.token_hex(8)}{PART}")
+    path.rename(old)
+    try:
+        part.rename(path)
+    except OSError:
+        old.rename(path)
+        raise
+    remove(old)

@@ -23,7 +23,7 @@ from reelbatch.cli.common import (
     warnings_as_lines,
 )
 from reelbatch.cli.job_views import show_outlook, status_record, status_table
-from reelbatch.cli.options import EngineOptions, RequestOptions, with_options
+from reelbatch.cli.options import EngineOptions, FormatOption, RequestOptions, with_options
 from reelbatch.cli.run import JobSpec, draw_sheet, make, outlook, plan_of, ready, warn
 from reelbatch.cli.seeds import choose_seed, stored_seed
 
@@ -84,9 +84,14 @@ def run(
     out: Out = OUT,
     manifest: Url = None,
     naming: Annotated[
-        Literal["default", "vbench"],
-        typer.Option(help="vbench: {prompt}-{index}.mp4, as its scorer wants.", rich_help_panel=OUTPUT),
+        Literal["default", "ascii", "vbench"],
+        typer.Option(
+            help="default: the prompt's letters in any script. ascii: without accents and other scripts. vbench: "
+            "{prompt}-{index}.mp4, as its scorer wants, 25 of each prompt of temporal_flickering and 5 of the others.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = "default",
+    format: FormatOption = "mp4",
     names_from: Annotated[
         Path | None,
         typer.Option(
@@ -111,9 +116,9 @@ def run(
 
     - `reelbatch job run suite.txt --out suite --copies 5`
 
-    - `reelbatch job run VBench_full_info.json --out vbench --copies 5 --naming vbench --model /models/HunyuanVideo`
+    - `reelbatch job run VBench_full_info.json --out vbench --naming vbench --model /models/HunyuanVideo`
 
-    - `reelbatch job run rewritten.txt --named-after all_dimension.txt --out vbench --copies 5 --naming vbench`
+    - `reelbatch job run rewritten.txt --named-after VBench_full_info.json --out vbench --naming vbench`
 
     - `reelbatch job run suite.csv --only tag=animal --limit 20 --dry-run`
 
@@ -126,16 +131,24 @@ def run(
         raise ValueError("--add and --as-new were given; --add keeps what is there, --as-new does not: give one")
     mode: Mode = "add" if add else "new" if as_new else "resume"
     with warnings_as_lines(), nothing_begun():
+        from reelbatch.formats import check_format
         from reelbatch.jobs.job import JobChanged
         from reelbatch.jobs.naming import vbench_problems
         from reelbatch.jobs.prompts import make_requests, named_after, only_those, read_entries, shuffled
+        from reelbatch.jobs.vbench import check_readable, with_copies
         from reelbatch.loading.hub import resolve
         from reelbatch.loading.inspection import inspect
 
+        check_format(format)
+        if naming == "vbench":
+            check_readable(format)
         info = inspect(resolve(options.model))
         entries = read_entries(prompts)
         if names_from is not None:
             entries = named_after(entries, names_from)
+        line = None
+        if naming == "vbench":
+            entries, line = with_copies(entries, asked.copies)
 
         def spec_of(seed: int) -> JobSpec:
             requests = make_requests(entries, asked.request_fields, first_seed=seed, limits=info.limits)
@@ -144,11 +157,13 @@ def run(
             if not requests:
                 raise ValueError(f"--only {' --only '.join(only or [])} leaves none of the prompts in {prompts}")
             plan = plan_of(options, requests, info)
-            return JobSpec(plan, out, manifest, mode, naming, random_seed=seed if drawn else None)
+            return JobSpec(plan, out, manifest, mode, naming, format, random_seed=seed if drawn else None)
 
         seed, drawn = choose_seed(asked.seed, out, manifest, mode)
         spec = spec_of(seed)
         warn(spec.plan.requests, info)
+        if line:
+            say(line)
         if naming == "vbench":
             for problem in vbench_problems(spec.plan.requests):
                 say(f"warning: {problem}", style="yellow")

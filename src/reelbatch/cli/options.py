@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_type_hin
 
 import typer
 
-from reelbatch.cli.common import ENGINE, REQUEST
+from reelbatch.cli.common import ENGINE, OUTPUT, REQUEST
 
 if TYPE_CHECKING:
     from reelbatch.engine.config import EngineConfig
@@ -35,6 +35,17 @@ LoraOption = Annotated[
     list[str] | None,
     typer.Option(
         help="A LoRA file, as style.safetensors or style.safetensors:0.8; may be repeated.", rich_help_panel=ENGINE
+    ),
+]
+
+
+FormatOption = Annotated[
+    Literal["mp4", "gif", "webm", "png"],
+    typer.Option(
+        "--format",
+        help="Of the files: mp4 (H.264), webm (VP9), gif (256 colours), or png: a folder of pictures, one a frame, "
+        "without loss. The frames and their hash are the same.",
+        rich_help_panel=OUTPUT,
     ),
 ]
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from reelbatch.cli.options import EngineOptions
     from reelbatch.engine.config import EngineConfig
     from reelbatch.engine.engine import Engine
+    from reelbatch.formats import Format
     from reelbatch.jobs.job import Job, Mode, Settings
     from reelbatch.jobs.manifest import Manifest, VideoRow
     from reelbatch.jobs.naming import Naming
@@ -129,6 +130,7 @@ class JobSpec:
     url: str | None = None
     mode: Mode = "add"
     naming: Naming = "default"
+    format: Format = "mp4"
     overwrite: bool = False
     random_seed: int | None = None
 
@@ -136,7 +138,7 @@ class JobSpec:
     def settings(self) -> Settings:
         from reelbatch.jobs.job import settings_of
 
-        return settings_of(self.plan.config, self.plan.info, self.naming)
+        return settings_of(self.plan.config, self.plan.info, self.naming, self.format)
 
 
 def foresee(spec: JobSpec) -> Job:
@@ -175,7 +177,7 @@ def outlook(spec: JobSpec) -> Outlook:
     there = Manifest.existing(spec.out, spec.url)
     rows = there.rows() if there else []
     free = disk_usage(next(folder for folder in (spec.out, *spec.out.resolve().parents) if folder.exists())).free
-    return look_ahead(job, rows, spec.plan.config.max_batch_size, measured(spec.plan), free)
+    return look_ahead(job, rows, spec.plan.config.max_batch_size, measured(spec.plan), free, spec.format)
 
 
 def ready(spec: JobSpec) -> Engine | None:

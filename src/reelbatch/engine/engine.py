@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 from reelbatch.attention import Setting, choose
-from reelbatch.device import threads_of
 from reelbatch.engine.admission import as_requests
 from reelbatch.engine.config import EngineConfig
 from reelbatch.engine.events import Event, Progress
@@ -118,13 +117,9 @@ class Engine:
     def info(self) -> dict[str, Any]:
         """What it takes to make these videos again."""
         return {
-            "model": self.model.name,
-            "device": str(self.model.device),
-            "dtype": str(self.model.precision),
+            **self.model.record,
             "isolation": self.config.isolation,
             "attention": self.config.attention,
-            "offload": self.model.offload,
-            "threads": threads_of(self.model.device),
             "versions": dict(versions()),
         }
 

@@ -14,9 +14,11 @@ from typing import Any, Literal
 
 from reelbatch.device import choose_device, threads_of
 from reelbatch.engine.config import EngineConfig
+from reelbatch.formats import ENDINGS, Format
+from reelbatch.formats import size as size_of
 from reelbatch.jobs.changes import JobChanged, request_changes, setting_changes
 from reelbatch.jobs.manifest import OPEN, JobRow, Manifest, State, VideoRow
-from reelbatch.jobs.naming import Naming, name_all
+from reelbatch.jobs.naming import Naming, name_all, without_ending
 from reelbatch.jobs.verify import make_again
 from reelbatch.loading.hashing import weights_hash
 from reelbatch.loading.inspection import ModelInfo
@@ -37,6 +39,7 @@ class Settings:
         lora: the files' names, scales and hashes.
         threads: that a CPU computes with, which changes the last bits. None on other devices, and in jobs of versions
             that did not record it; they are taken as this machine's.
+        format: of the files; it changes no frame.
     """
 
     model: str
@@ -48,12 +51,18 @@ class Settings:
     naming: Naming = "default"
     lora: tuple[str, ...] = ()
     threads: int | None = None
+    format: Format = "mp4"
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """All of them, as JSON has them."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
 
     @property
     def record(self) -> dict[str, Any]:
-        """As a manifest keeps it. Versions before did not know `threads`: it is left out where it says nothing."""
-        values = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
-        return {name: value for name, value in values.items() if name != "threads" or value is not None}
+        """As a manifest keeps it. What versions before did not know is left out where it says nothing."""
+        silent = {"threads": None, "format": "mp4"}
+        return {name: value for name, value in self.values.items() if name not in silent or value != silent[name]}
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> Settings:
@@ -63,7 +72,7 @@ class Settings:
 
     def fingerprint(self, request: VideoRequest) -> str:
         """The same for two requests if and only if their frames are the same."""
-        decides = {name: value for name, value in self.record.items() if name != "naming"}
+        decides = {name: value for name, value in self.record.items() if name not in ("naming", "format")}
         asked = request.model_dump(mode="json", exclude=set(NAMES_ONLY))
         return hashlib.sha256(json.dumps([asked, decides], sort_keys=True).encode()).hexdigest()
 
@@ -78,7 +87,7 @@ class Settings:
         return (own,) if self.threads is None else (own, replace(self, threads=None).fingerprint(request))
 
 
-def settings_of(config: EngineConfig, info: ModelInfo, naming: Naming) -> Settings:
+def settings_of(config: EngineConfig, info: ModelInfo, naming: Naming, format: Format = "mp4") -> Settings:
     """Settings of a run; reads pieces of the weight files and whole LoRA files, and loads nothing.
 
     Raises:
@@ -95,6 +104,7 @@ def settings_of(config: EngineConfig, info: ModelInfo, naming: Naming) -> Settin
         naming=naming,
         lora=tuple(lora_label(path, scale) for path, scale in config.loras),
         threads=threads_of(device),
+        format=format,
     )
 
 
@@ -183,14 +193,15 @@ def _added(
     there = manifest.rows()
     known = _match(there, requests, settings) if mode == "add" else {}
     new = [i for i in range(len(requests)) if i not in known]
-    home, files_there = _home(settings.naming), {row.file for row in there}
+    home, ending = _home(settings.naming), ENDINGS[settings.format]
+    files_there = {row.file for row in there} | {str(path.relative_to(folder)) for path in _taken_names(folder / home)}
     if overwrite:
         manifest.remake([row.id for row in known.values()])
-        files_there = {row.file for row in known.values()}
-    else:
-        files_there |= {str(path.relative_to(folder)) for path in _taken_names(folder / home)}
+        others = {file for file in files_there if Path(file).suffix not in (ending, ".json")}  # theirs are the sidecars
+        files_there = {row.file for row in known.values()} | others
     taken = {Path(file).name for file in files_there if Path(file).parent == home}
-    files = [str(home / name) for name in name_all([requests[i] for i in new], settings.naming, taken)]
+    names = name_all([requests[i] for i in new], settings.naming, taken, ending=ending)
+    files = [str(home / name) for name in names]
     if overwrite:
         manifest.forget_files(files)
     turns, ids = in_order(requests), {row.id for row in there}
@@ -245,14 +256,10 @@ def forecast(
 
 
 def _taken_names(home: Path) -> Iterator[Path]:
-    """Names of videos that cannot be used: of whatever is there, and where another's file has the sidecar's name."""
-    names = set()
-    for path in home.glob("*.mp4"):
-        names.add(path.stem)
-        yield path
-    for path in home.glob("*.json"):
-        if path.stem not in names and not is_own_sidecar(path):
-            yield path.with_suffix(".mp4")
+    """Whatever is there, but for the sidecars of videos that are gone: they may be replaced."""
+    there = list(home.glob("*"))
+    videos = {without_ending(path.name) for path in there if path.suffix != ".json"}
+    return (path for path in there if path.suffix != ".json" or path.stem in videos or not is_own_sidecar(path))
 
 
 def _home(naming: Naming) -> Path:
@@ -295,9 +302,10 @@ def _with_new_id(request: VideoRequest, taken: set[str]) -> VideoRequest:
 
 
 def _match(rows: Sequence[VideoRow], requests: Sequence[VideoRequest], settings: Settings) -> dict[int, VideoRow]:
-    """A row of its own, with its frames and its name, for each request that has one, by the request's place. What is
-    done comes first."""
+    """A row of its own, with its frames, its name and its format, for each request that has one, by the request's
+    place. What is done comes first."""
     alike: dict[tuple[str, str | None], deque[VideoRow]] = defaultdict(deque)
+    rows = [row for row in rows if Path(row.file).suffix == ENDINGS[settings.format]]
     for row in sorted(rows, key=lambda row: (row.state != State.DONE, row.state not in OPEN)):
         alike[row.fingerprint, row.request.get("name")].append(row)
     matches = {}
@@ -345,10 +353,12 @@ def _differences(
     if then.threads is None or then.device != settings.device:  # not recorded then, or said by the device already
         then = replace(then, threads=settings.threads)
     rows = [row for row in there if row.job == before.number]
+    if settings.naming == "ascii" and then.naming == "default" and all(row.file.isascii() for row in rows):
+        then = replace(then, naming="ascii")  # their names are those asked for, as are all of earlier versions
     kept = {row.id for row in matches.values()}
     gone = [row.to_request() for row in rows if row.id not in kept]
     new = [request for i, request in enumerate(requests) if i not in matches]
-    lines = setting_changes(then.record, settings.record)
+    lines = setting_changes(then.values, settings.values)
     if gone or new:
         lines += request_changes([row.to_request() for row in rows], requests, gone, new)
     return lines
@@ -368,6 +378,6 @@ def _lost(folder: Path, rows: Sequence[VideoRow]) -> list[VideoRow]:
 
 def _there(path: Path, size: int | None) -> bool:
     try:
-        return path.stat().st_size == size
+        return size_of(path) == size
     except OSError:
         return False

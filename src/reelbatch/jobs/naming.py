@@ -1,38 +1,58 @@
-"""The file names of a job's videos: safe on every file system, or those that VBench's scorer looks for."""
+"""The file names of a job's videos: safe on every file system, or those that VBench's scorer looks for.
+
+Names are compared by their stems: the sidecar `name.json` is that of `name.mp4` as well as of `name.gif`.
+"""
 
 from __future__ import annotations
 
-import re
 import sys
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from itertools import count
-from typing import Literal
+from typing import Literal, get_args
 
-from reelbatch.request import VideoRequest
+import regex
 
-Naming = Literal["default", "vbench"]
+from reelbatch.formats import ENDINGS
+from reelbatch.request import SEED_LIMIT, VideoRequest
+
+Naming = Literal["default", "ascii", "vbench"]
 
 MAX_STEM_BYTES = 250
-"""File systems take 255 bytes, of which `.mp4` needs 4 and the sidecar's `.json` 5."""
-IMPOSSIBLE = re.compile("/")
+"""File systems take 255 bytes, of which the longest endings, `.webm` and the sidecar's `.json`, need 5. Unfinished
+files have names of their own."""
+MAX_WORDS_LETTERS = 64
+MAX_WORDS_BYTES = MAX_STEM_BYTES - len(f"-seed{SEED_LIMIT}-1000000")
+IMPOSSIBLE = regex.compile("/")
 """What no file name can hold, on any system."""
-NOT_ON_WINDOWS = re.compile(r'[<>:"\\|?*\x01-\x1f]')
-WINDOWS_DEVICE = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[1-9¹²³]) *\.", re.IGNORECASE)
+NOT_ON_WINDOWS = regex.compile(r'[<>:"\\|?*\x01-\x1f]')
+WINDOWS_DEVICE = regex.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[1-9¹²³]) *\.", regex.IGNORECASE)
+WORD = regex.compile(r"[\p{L}\p{N}][\p{L}\p{N}\p{Mn}\p{Mc}]*")
+"""Letters, digits and the marks on them."""
+UNSEEN = regex.compile(r"(?!\u200c)[\p{Default_Ignorable_Code_Point}\p{Cf}]")
+"""Characters that are not seen, which file systems may pass over. The one left out separates letters, like a space."""
 
 
 def name_all(
-    requests: Sequence[VideoRequest], naming: Naming, taken: Collection[str] = (), *, ignore_case: bool | None = None
+    requests: Sequence[VideoRequest],
+    naming: Naming,
+    taken: Collection[str] = (),
+    *,
+    ending: str = ".mp4",
+    ignore_case: bool | None = None,
 ) -> list[str]:
-    """A file name for each request, with `.mp4`: no two are the same, none is `taken`, and none names a folder.
+    """A file name for each request: no two stems are the same, none is that of a `taken` name.
 
     The same arguments give the same names.
 
     Args:
-        naming: of the request's name, or of its prompt if it has none. "default": its letters in ASCII and the seed,
-            as `a-cat-seed0.mp4`, `a-cat-seed0-2.mp4`. "vbench": `{prompt}-{index}.mp4`, the index counting its videos
-            from 0. It stands as it is, but for what no file name can hold (see `vbench_problems`).
+        naming: of the request's name, or of its prompt if it has none. "default": its letters, in any script, and the
+            seed, as `a-cat-seed0.mp4`, `a-cat-seed0-2.mp4`. "ascii": the same with letters of ASCII alone. "vbench":
+            `{prompt}-{index}.mp4`, the index counting its videos from 0. It stands as it is, but for what no file
+            name can hold (see `vbench_problems`).
+        taken: names that are there, with any ending that a video or a sidecar can have.
+        ending: of the names that are given out; "" for folders.
         ignore_case: whether names that differ only in case, or in how a letter is composed, count as the same, as
             they do on macOS and Windows. By default: always, but for "vbench" only on those systems, since its suite
             has two prompts that differ only in case, and its scorer looks for both.
@@ -40,36 +60,46 @@ def name_all(
     Raises:
         ValueError: for another naming.
     """
-    if naming not in ("default", "vbench"):
-        raise ValueError(f"naming={naming!r} must be 'default' or 'vbench'")
+    if naming not in get_args(Naming):
+        raise ValueError(f"naming={naming!r} must be 'default', 'ascii' or 'vbench'")
+    vbench = naming == "vbench"
     if ignore_case is None:
-        ignore_case = naming == "default" or sys.platform in ("darwin", "win32")
-    stem, numbered = (file_stem, _numbered) if naming == "default" else (_vbench_stem, _indexed)
+        ignore_case = not vbench or sys.platform in ("darwin", "win32")
+    stem = {"default": file_stem, "ascii": ascii_stem, "vbench": _vbench_stem}[naming]
+    numbered = _indexed if vbench else _numbered
     same: Callable[[str], str] = _caseless if ignore_case else str
-    used = {same(name) for name in taken}
+    used = {same(without_ending(name)) for name in taken}
     # The next number for each stem: trying all from 0 would take the square of the number of copies.
     numbers: defaultdict[str, count[int]] = defaultdict(count)
     names = [""] * len(requests)
     # A prompt that is altered must not take the name of one that reads so.
-    order = (
-        range(len(requests))
-        if naming == "default"
-        else sorted(range(len(requests)), key=lambda i: _altered(requests[i]))
-    )
+    order = sorted(range(len(requests)), key=lambda i: vbench and _altered(requests[i]))
     for i in order:
         words = stem(requests[i])
-        free = (name for number in numbers[same(words)] if same(name := f"{numbered(words, number)}.mp4") not in used)
-        names[i] = next(free)
-        used.add(same(names[i]))
+        free = (name for number in numbers[same(words)] if same(name := numbered(words, number)) not in used)
+        name = next(free)
+        used.add(same(name))
+        names[i] = f"{name}{ending}"
     return names
 
 
 def file_stem(request: VideoRequest) -> str:
-    """A file name without its ending that every file system takes: the name's letters, in ASCII, and the seed."""
+    """A file name without its ending: the name's letters and digits in any script, composed (NFC), and the seed.
+
+    Every file system with Unicode names takes it: no character that one reserves, at most `MAX_STEM_BYTES` with a
+    number behind it, and cut between what a reader sees as letters.
+    """
+    text = unicodedata.normalize("NFC", unicodedata.normalize("NFC", UNSEEN.sub("", _words(request))).lower())
+    words = _cut_words("-".join(WORD.findall(text)))
+    return f"{words or 'video'}-seed{request.seed}"
+
+
+def ascii_stem(request: VideoRequest) -> str:
+    """As `file_stem`, of ASCII letters and digits alone; accents are taken off, other letters are left out."""
     ascii_prompt = unicodedata.normalize("NFKD", _words(request)).encode("ascii", "ignore").decode().lower()
-    words = re.sub(r"[^a-z0-9]+", "-", ascii_prompt).strip("-")
-    if len(words) > 64:
-        words = words[:65].rpartition("-")[0] or words[:64]
+    words = regex.sub(r"[^a-z0-9]+", "-", ascii_prompt).strip("-")
+    if len(words) > MAX_WORDS_LETTERS:
+        words = words[: MAX_WORDS_LETTERS + 1].rpartition("-")[0] or words[:MAX_WORDS_LETTERS]
     return f"{words or 'video'}-seed{request.seed}"
 
 
@@ -101,6 +131,12 @@ def vbench_problems(requests: Sequence[VideoRequest]) -> list[str]:
 NOT_FOUND = "and VBench's scorer will not find it"
 
 
+def without_ending(name: str) -> str:
+    """The stem of a file's name, if its ending is that of a video or a sidecar; else the whole name."""
+    stem, dot, ending = name.rpartition(".")
+    return stem if f"{dot}{ending.lower()}" in (*ENDINGS.values(), ".json") and stem else name
+
+
 def _words(request: VideoRequest) -> str:
     return request.name or request.prompt
 
@@ -119,7 +155,30 @@ def _indexed(stem: str, index: int) -> str:
 
 def _cut(text: str, index: int) -> str:
     """As much of the text's beginning as fits before "-{index}"."""
-    return text.encode()[: MAX_STEM_BYTES - len(f"-{index}")].decode(errors="ignore")
+    return _beginning(text, MAX_STEM_BYTES - len(f"-{index}"))
+
+
+def _beginning(text: str, size: int, letters: int = MAX_STEM_BYTES) -> str:
+    """At most so many bytes and code points, cut between what a reader sees as letters; within the first, if that is
+    larger alone."""
+    fits = text[:letters].encode()[:size].decode(errors="ignore")
+    if fits == text:
+        return text
+    end = 0
+    for letter in regex.finditer(r"\X", text):
+        if letter.end() > len(fits):
+            break
+        end = letter.end()
+    return text[:end] or fits
+
+
+def _cut_words(words: str) -> str:
+    """Short enough for a name; between words, where that costs no more than half."""
+    cut = _beginning(words, MAX_WORDS_BYTES, MAX_WORDS_LETTERS)
+    if cut == words or words[len(cut)] == "-":
+        return cut.strip("-")
+    whole = cut.rpartition("-")[0]
+    return whole if len(whole) * 2 > len(cut) else cut.strip("-")
 
 
 def _altered(request: VideoRequest) -> bool:
@@ -127,9 +186,10 @@ def _altered(request: VideoRequest) -> bool:
 
 
 def _caseless(name: str) -> str:
-    """The same for names that a file system may hold to be one: Unicode's canonical caseless matching."""
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())
+    """The same for names that a file system may hold to be one: Unicode's canonical caseless matching, and letters of
+    which only the capitals are the same, such as the dotless i."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).upper().casefold())
 
 
-def _listed(pattern: re.Pattern[str], prompt: str) -> str:
+def _listed(pattern: regex.Pattern[str], prompt: str) -> str:
     return " or ".join(repr(character) for character in dict.fromkeys(pattern.findall(prompt)))

@@ -7,8 +7,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from reelbatch.formats import ENDINGS, Format
 from reelbatch.jobs.manifest import OPEN, State, VideoRow
 from reelbatch.request import VideoRequest
 
@@ -17,8 +19,9 @@ if TYPE_CHECKING:
 
 LATEST = 200
 """Videos that the present pace is taken from."""
-BYTES_A_FILE, BITS_A_PIXEL = 5000, 0.15
-"""Size of an mp4 and its sidecar, where no file is there to measure; of the bundled model's videos, whose plain
+BYTES_A_FILE = 5000
+BITS_A_PIXEL: Mapping[Format, float] = {"mp4": 0.15, "webm": 0.15, "gif": 2.5, "png": 4.0}
+"""Size of a video and its sidecar, where no file is there to measure; of the bundled model's videos, whose plain
 pictures compress well."""
 
 
@@ -74,7 +77,12 @@ class Outlook:
 
 
 def look_ahead(
-    job: Job, rows: Sequence[VideoRow], batch_size: int, measured: Measured | None, free_bytes: int | None = None
+    job: Job,
+    rows: Sequence[VideoRow],
+    batch_size: int,
+    measured: Measured | None,
+    free_bytes: int | None = None,
+    format: Format = "mp4",
 ) -> Outlook:
     """What a job will take.
 
@@ -85,7 +93,7 @@ def look_ahead(
     """
     left = [row.to_request() for row in job.open]
     seconds, time_from = _seconds(job.open, rows, measured)
-    size, disk_from = _bytes(left, rows)
+    size, disk_from = _bytes(left, rows, format)
     return Outlook(
         videos=len(job.rows),
         prompts=len({row.prompt for row in job.rows}),
@@ -148,11 +156,12 @@ def _seconds(left: Sequence[VideoRow], rows: Sequence[VideoRow], measured: Measu
     return None, "nothing was measured yet: `reelbatch tune` does, and so does a first run with --limit"
 
 
-def _bytes(left: Sequence[VideoRequest], rows: Sequence[VideoRow]) -> tuple[int, str]:
+def _bytes(left: Sequence[VideoRequest], rows: Sequence[VideoRow], format: Format) -> tuple[int, str]:
     pixels = sum(math.prod(request.size) for request in left)
-    done = [row for row in rows if row.state == State.DONE and row.size]
+    ending = ENDINGS[format]
+    done = [row for row in rows if row.state == State.DONE and row.size and Path(row.file).suffix == ending]
     if done:
         share = sum(row.size or 0 for row in done) / sum(math.prod(row.to_request().size) for row in done)
         return int(share * pixels), "as the videos in this folder"
     source = "as the bundled model's videos; others may take several times as much"
-    return int(len(left) * BYTES_A_FILE + pixels * BITS_A_PIXEL / 8), source
+    return int(len(left) * BYTES_A_FILE + pixels * BITS_A_PIXEL[format] / 8), source

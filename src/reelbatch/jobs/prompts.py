@@ -99,7 +99,8 @@ def make_requests(
 
 
 def named_after(entries: Sequence[Entry], path: str | Path) -> list[Entry]:
-    """The entries of a suite of rewritten prompts, each with the prompt of the same place in `path` as its `name`.
+    """The entries of a suite of rewritten prompts, each with the prompt of the same place in `path` as its `name`, and
+    that one's tags where it has none of its own.
 
     Raises:
         PromptError: if the file has a fault or holds not as many prompts, or if an entry has a name already.
@@ -118,9 +119,13 @@ def named_after(entries: Sequence[Entry], path: str | Path) -> list[Entry]:
     if faults:
         raise PromptError(faults)
     return [
-        replace(entry, fields={**entry.fields, "name": named.fields["prompt"]})
+        replace(entry, fields={**_tags_of(named), **entry.fields, "name": named.fields["prompt"]})
         for entry, named in zip(entries, names, strict=True)
     ]
+
+
+def _tags_of(entry: Entry) -> dict[str, Any]:
+    return {"tags": entry.fields["tags"]} if entry.fields.get("tags") else {}
 
 
 def only_those(requests: Sequence[VideoRequest], selectors: Sequence[str]) -> list[VideoRequest]:

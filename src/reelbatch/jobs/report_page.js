@@ -55,6 +55,15 @@
     return `${width}×${height}` + (frames ? ` × ${frames}` : "");
   }
 
+  /** Addresses of a row's pictures: none for what a video element plays, one for GIF, one a frame for a folder of PNG. */
+  function picturesOf(row) {
+    if (/\.gif$/i.test(row.file)) return [row.url];
+    if (/\.(mp4|webm)$/i.test(row.file)) return [];
+    const frames = row.rest.frames ?? 1;
+    const digits = Math.max(4, String(frames - 1).length);
+    return Array.from({ length: frames }, (_, i) => `${row.url}/${String(i).padStart(digits, "0")}.png`);
+  }
+
   // -- filter and sort ---------------------------------------------------------------------------
 
   const wanted = { text: "", seed: "", tag: "", state: "", job: "", fault: null, sort: "number", turned: false };
@@ -240,8 +249,10 @@
   function release(at) {
     const cell = cells.get(at);
     cells.delete(at);
-    watcher.unobserve(cell.video);
-    unload(cell.video);
+    for (const shownIn of [cell.video, cell.image]) {
+      watcher.unobserve(shownIn);
+      unload(shownIn);
+    }
     cell.root.hidden = true;
     spare.push(cell);
   }
@@ -280,7 +291,7 @@
   function makeCell() {
     const root = template.cloneNode(true);
     const find = (what) => root.querySelector(what);
-    const cell = { root, card: find(".card"), media: find(".media"), video: find("video"), note: find(".note"),
+    const cell = { root, card: find(".card"), media: find(".media"), video: find("video"), image: find("img"), note: find(".note"),
                    badge: find(".badge"), prompt: find(".prompt"), facts: find(".facts"), tags: find(".tags") };
     root.cell = cell;
     return cell;
@@ -288,7 +299,9 @@
 
   function fillCard(cell, row) {
     const done = row.state === "done";
-    cell.video.hidden = !done;
+    const [picture] = done ? picturesOf(row) : [];
+    cell.video.hidden = !done || picture !== undefined;
+    cell.image.hidden = picture === undefined;
     cell.note.textContent = done ? "" : beginning(row.error ?? "", 400);
     cell.note.dir = "auto";
     cell.badge.hidden = done;
@@ -305,8 +318,9 @@
       return mark;
     }));
     if (done) {
-      cell.video.dataset.url = row.url;
-      watcher.observe(cell.video);
+      const shownIn = picture === undefined ? cell.video : cell.image;
+      shownIn.dataset.url = picture ?? `${row.url}#t=0.001`; // Safari on a phone draws a first picture only if asked for
+      watcher.observe(shownIn);
     }
   }
 
@@ -319,17 +333,17 @@
     }
   }, { rootMargin: "200px 0px" });
 
-  function load(video) {
-    if (video.hidden || !video.isConnected || video.hasAttribute("src")) return;
-    video.src = `${video.dataset.url}#t=0.001`; // Safari on a phone draws a first picture only if asked for one
+  function load(shownIn) {
+    if (shownIn.hidden || !shownIn.isConnected || shownIn.hasAttribute("src")) return;
+    shownIn.src = shownIn.dataset.url;
   }
 
-  function unload(video) {
-    clearTimeout(video.soon);
-    if (!video.hasAttribute("src")) return;
-    video.pause();
-    video.removeAttribute("src");
-    video.load();
+  function unload(shownIn) {
+    clearTimeout(shownIn.soon);
+    if (!shownIn.hasAttribute("src")) return;
+    shownIn.pause?.();
+    shownIn.removeAttribute("src");
+    shownIn.load?.();
   }
 
   grid.addEventListener("error", ({ target }) => {
@@ -413,6 +427,7 @@
 
   const dialog = byId("view");
   const large = dialog.querySelector("video");
+  const still = dialog.querySelector("img");
   const inView = (what) => dialog.querySelector(what);
   let seen = null;
   let viewed = 0; // its place among those shown
@@ -421,23 +436,40 @@
     viewed = at;
     seen = shown[at];
     const done = seen.state === "done";
-    large.hidden = !done;
+    const pictures = done ? picturesOf(seen) : [];
+    large.hidden = !done || pictures.length > 0;
+    show(pictures, seen.rest.fps ?? 24);
     inView(".note").hidden = done;
     inView(".note").textContent = done ? "" : [seen.state, seen.error].filter(Boolean).join("\n\n");
-    if (done) large.src = seen.url;
+    if (!large.hidden) large.src = seen.url;
     else large.removeAttribute("src");
     inView(".prompt").textContent = seen.prompt;
     inView(".place").textContent = `${count.format(at + 1)} of ${count.format(shown.length)}`;
     inView(".previous").disabled = at === 0;
     inView(".next").disabled = at === shown.length - 1;
     const file = inView(".file");
-    if (done) file.href = seen.url;
+    if (done) file.href = pictures[0] ?? seen.url;
     else file.removeAttribute("href");
     inView(".record").replaceChildren(...recordParts(seen));
     if (!dialog.open) dialog.showModal();
     inView(".stage").focus();
     inView(".side").scrollTop = dialog.scrollTop = 0;
-    if (done && !calm.matches) large.play().catch(() => {});
+    if (!large.hidden && !calm.matches) large.play().catch(() => {});
+  }
+
+  let turning;
+  /** Pictures one after the other, round and round; only the first where movement is not wanted. */
+  function show(pictures, fps) {
+    clearInterval(turning);
+    still.hidden = !pictures.length;
+    if (!pictures.length) return still.removeAttribute("src");
+    let at = 0;
+    still.src = pictures[0];
+    if (pictures.length > 1 && !calm.matches) {
+      turning = setInterval(() => {
+        if (still.complete) still.src = pictures[(at = (at + 1) % pictures.length)];
+      }, 1000 / fps);
+    }
   }
 
   function recordOf(row) {
@@ -494,17 +526,21 @@
     if (event.target === dialog) dialog.close(); // outside of it
   });
   dialog.addEventListener("close", () => {
+    show([], 1);
     large.pause();
     large.removeAttribute("src");
     large.load();
     focusCard(viewed); // the browser has put the focus back to the card that was opened first
   });
-  large.addEventListener("error", () => {
-    if (!large.hasAttribute("src")) return;
-    large.hidden = true;
-    inView(".note").hidden = false;
-    inView(".note").textContent = "The file is missing or cannot be played.";
-  });
+  for (const shownIn of [large, still]) {
+    shownIn.addEventListener("error", () => {
+      if (!shownIn.hasAttribute("src")) return;
+      clearInterval(turning);
+      shownIn.hidden = true;
+      inView(".note").hidden = false;
+      inView(".note").textContent = "The file is missing or cannot be played.";
+    });
+  }
   dialog.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     if (event.key === "ArrowLeft" || event.key === "ArrowRight") {

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from reelbatch.files import move_new, unused
+from reelbatch.formats import digest, holds_only_pictures
 from reelbatch.jobs.manifest import Manifest, State, VideoRow
 from reelbatch.jobs.worker import is_damaged
 from reelbatch.video import is_own_sidecar, sidecar
@@ -42,7 +42,7 @@ def make_again(manifest: Manifest, folder: Path, rows: Sequence[VideoRow]) -> No
 
 def _set_aside(folder: Path, file: str) -> None:
     path = folder / file
-    if path.is_file() and not path.is_symlink():
+    if (path.is_file() and not path.is_symlink()) or holds_only_pictures(path):
         (folder / DAMAGED).mkdir(exist_ok=True)
         move_new(path, unused(folder / DAMAGED / path.name))
     if is_own_sidecar(sidecar(path)):
@@ -51,12 +51,11 @@ def _set_aside(folder: Path, file: str) -> None:
 
 def _problem(path: Path, row: VideoRow) -> str | None:
     try:
-        with path.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        sha256, _ = digest(path)
     except FileNotFoundError:
         return "is gone"
     except OSError as error:
         return f"cannot be read: {error.strerror}"
-    if digest != row.sha256:
+    if sha256 != row.sha256:
         return "is not the file that was written: its hash differs"
     return is_damaged(path, row.to_request())

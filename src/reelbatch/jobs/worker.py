@@ -8,7 +8,6 @@ its lease has lost its rows: what it makes of them is thrown away, and it claims
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import shutil
 import time
@@ -25,11 +24,22 @@ from reelbatch.device import log
 from reelbatch.engine.engine import Engine, Failure
 from reelbatch.engine.fallback import with_reliefs
 from reelbatch.engine.sample import SavedState
+from reelbatch.formats import digest
 from reelbatch.jobs.heartbeat import BEAT_SECONDS, Heartbeat
 from reelbatch.jobs.manifest import ALONE_AFTER, OPEN, Finished, Manifest, ManifestError, State, VideoRow
 from reelbatch.jobs.states import States
 from reelbatch.request import VideoRequest
-from reelbatch.video import MADE_BY, PART, Video, embedded_record, is_own_sidecar, read_video, sidecar, write_sidecar
+from reelbatch.video import (
+    MADE_BY,
+    PART,
+    RECORDED_LATER,
+    Video,
+    embedded_record,
+    is_own_sidecar,
+    read_video,
+    sidecar,
+    write_sidecar,
+)
 
 OWN_FOLDER = ".reelbatch"
 UNWRITTEN = 4
@@ -175,7 +185,7 @@ class Worker:
         record = embedded_record(path)
         if record is None or record.get("request") != row.request or is_damaged(path, row.to_request()):
             return None
-        decides = [*MADE_BY, *(["threads"] if "threads" in record else [])]  # versions before did not record threads
+        decides = [*MADE_BY, *(name for name in RECORDED_LATER if name in record)]
         if any(record.get(name) != self.engine.info[name] for name in decides):
             return None
         return record
@@ -337,11 +347,10 @@ class Worker:
 
 
 def _finished(file: Path, record: dict[str, Any], weights: str, seconds: dict[str, float]) -> Finished:
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    sha256, size = digest(file)
     return Finished(
-        sha256=digest,
-        size=file.stat().st_size,
+        sha256=sha256,
+        size=size,
         frames_sha256=record["frames_sha256"],
         seconds=seconds,
         batch=record["batch"]["largest"],

@@ -13,9 +13,10 @@ import transformers
 
 from reelbatch.device import choose_device
 from reelbatch.loading.configs import NETWORKS, check_config, text_encoder_config
+from reelbatch.loading.hashing import weights_hash
 from reelbatch.loading.hub import ModelFolderError
 from reelbatch.loading.inspection import ModelInfo, inspect
-from reelbatch.loading.lora import check_loras, load_loras, lora_label
+from reelbatch.loading.lora import check_loras, load_loras, lora_label, lora_record
 from reelbatch.loading.model import Model
 from reelbatch.loading.precision import Precision
 from reelbatch.loading.stored import UNUSED
@@ -67,7 +68,9 @@ def load(
         device,
     )
     name = " + ".join([info.name, *(lora_label(path, scale) for path, scale in lora)])
-    return Model(name, info.folder, family, precision, placement, info.profile)
+    loras = tuple(lora_record(path, scale) for path, scale in lora)
+    weights = weights_hash(info.folder)
+    return Model(name, info.folder, family, precision, placement, info.profile, weights, loras)
 
 
 def check(

@@ -66,6 +66,11 @@ def lora_label(path: str | Path, scale: float) -> str:
     return f"{Path(path).name}:{scale:g} ({lora_hash(path)[:12]})"
 
 
+def lora_record(path: str | Path, scale: float) -> dict[str, Any]:
+    """A LoRA as records name it: its file's name, its scale and the SHA-256 of its bytes. Raises LoraError."""
+    return {"file": Path(path).name, "scale": scale, "sha256": lora_hash(path)}
+
+
 def lora_hash(path: str | Path) -> str:
     """The SHA-256 of a LoRA file's bytes. Raises LoraError for a file that cannot be read."""
     try:

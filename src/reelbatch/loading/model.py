@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from reelbatch.device import processor_of, threads_of
 from reelbatch.loading.inspection import FolderProfile
 from reelbatch.loading.precision import Precision
 from reelbatch.memory.placement import Offload, Placement
@@ -24,6 +27,8 @@ class Model:
         precision: dtypes of its parts.
         placement: where the weights are.
         profile: what the folder says besides the networks.
+        weights: the hash of the folder's weights.
+        loras: a record of each (`lora_record`).
     """
 
     name: str
@@ -32,10 +37,26 @@ class Model:
     precision: Precision
     placement: Placement
     profile: FolderProfile = field(default_factory=FolderProfile)
+    weights: str = ""
+    loras: tuple[Mapping[str, Any], ...] = field(default=(), compare=False)
 
     @property
     def device(self) -> torch.device:
         return self.placement.device
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What a video depends on here; JSON values."""
+        return {
+            "model": self.name,
+            "weights": self.weights,
+            "lora": [dict(lora) for lora in self.loras],
+            "device": str(self.device),
+            "processor": processor_of(self.device),
+            "threads": threads_of(self.device),
+            "dtype": str(self.precision),
+            "offload": self.offload,
+        }
 
     @property
     def offload(self) -> Offload:

@@ -98,7 +98,7 @@ def test_another_format_is_refused_or_made_beside_under_a_name_and_sidecar_of_it
     assert refused.value.differences == ("format: mp4 → gif",)
     other = Folder(folder.path.with_name("other"), folder.engine)
     other.open(requests, format="gif")
-    with pytest.raises(JobChanged, match="format was 'gif' and is 'mp4'"):
+    with pytest.raises(JobChanged, match="format: gif → mp4"):
         other.open(requests)
     kept = sidecar(folder.path / "a-cat-seed0.mp4").read_bytes()
     for format, overwrite, file in (("gif", False, "-2.gif"), ("webm", True, "-3.webm"), ("png", True, "-4")):

@@ -84,11 +84,11 @@ def generate(
         entries = _entries(prompts or [], prompt_file)
         seed, drawn = choose_seed(asked.seed, out)
         requests = make_requests(entries, asked.request_fields, first_seed=seed, limits=info.limits)
+        warn(requests, info)
         plan = plan_of(options, requests, info)
         spec = JobSpec(
             plan, out, naming=naming, format=format, overwrite=overwrite, random_seed=seed if drawn else None
         )
-        warn(requests, info)
         engine = ready(spec)
     with warnings_as_lines():
         code = make(spec, engine, as_json=as_json)

@@ -19,7 +19,7 @@ from sqlalchemy.exc import IntegrityError
 from reelbatch import Video
 from reelbatch.engine.engine import Engine
 from reelbatch.jobs import worker as worker_room
-from reelbatch.jobs.manifest import FILE, Manifest, ManifestError, State
+from reelbatch.jobs.manifest import Manifest, ManifestError, State
 from reelbatch.jobs.verify import DAMAGED, make_again, verify
 from reelbatch.jobs.worker import FolderError
 from reelbatch.video import sidecar
@@ -90,13 +90,6 @@ def test_a_start_that_fails_leaves_no_row(folder: Folder, monkeypatch: pytest.Mo
     monkeypatch.undo()
     folder.make(requests)
     assert set(folder.states().values()) == {"done"}
-
-
-@pytest.mark.parametrize("name", ["qa?1", "50%", "a#b", "a%3Fb", "ü b"])
-def test_the_manifest_is_in_the_folder_whatever_its_name(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).mkdir()
-    Manifest.in_folder(tmp_path / name).add_job({}, rows(1))
-    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")} == {name, f"{name}/{FILE}"}
 
 
 # -- the folder ------------------------------------------------------------------------------------

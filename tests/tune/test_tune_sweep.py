@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from pathlib import Path
 
@@ -16,10 +17,12 @@ from reelbatch.loading.precision import Precision
 from reelbatch.loading.skeleton import hunyuanvideo_13b
 from reelbatch.memory.estimate import Estimator
 from reelbatch.tune import profiles, report, run, workload
+from reelbatch.tune.baseline import prepare
 from reelbatch.tune.choose import Limits
 from reelbatch.tune.measure import Stopped, observe
 from reelbatch.tune.results import Update
 from reelbatch.tune.sweep import Sweep
+from reelbatch.tune.workload import frames_of
 from reelbatch.tune.write import write
 
 
@@ -61,7 +64,8 @@ def test_a_sweep_measures_both_isolations_and_exact_is_equal_to_the_bit(model: M
 def test_growing_stops_before_the_memory_limit(model: Model, info: ModelInfo) -> None:
     found = Sweep(model, small(info), budget=1000, largest=8, memory_limit=2**20, clock=Clock()).run()
     assert {p.batch for p in found.points} == {1}
-    assert found.choice.batch == 1
+    assert found.choice is None
+    assert "Only batch size 1 was measured" in found.why_none and "give --batch-size 1" in found.why_none
     assert any(
         "stopped before 2: it would take up to" in note and "the limit is 0.00 GiB" in note for note in found.notes
     )
@@ -99,7 +103,9 @@ def test_the_budget_is_kept_and_one_alone_is_measured_whatever_it_is(model: Mode
     assert all(0 <= update.left <= 12 for update in told if update.at_most)
     late = Sweep(model, small(info), budget=1, clock=Clock(10.0)).run()
     assert [p.batch for p in late.points] == [1]
-    assert late.choice.why.startswith("no larger batch was measured")
+    assert late.choice is None and late.too_little
+    assert "Only batch size 1 was measured, which says nothing of other sizes" in late.why_none
+    assert re.search(r"reelbatch tune --budget \d+m$", late.why_none)
 
 
 def test_on_the_cpu_the_writing_of_files_is_part_of_what_a_video_takes(
@@ -128,7 +134,7 @@ def test_what_was_measured_is_kept_when_a_person_stops(model: Model, info: Model
     found = Sweep(model, small(info), budget=1000, on_update=tell, stopping=lambda: stop, clock=Clock()).run()
     assert found.interrupted
     assert {(p.isolation, p.batch) for p in found.points} == {("exact", 1), ("exact", 2), ("packed", 2)}
-    assert found.choice is not None
+    assert "measured only" in found.why_none  # two repeats have no spread
     with pytest.raises(Stopped):
         observe(model, small(info).take(1), "exact", 1, stopping=lambda: True)
 
@@ -136,7 +142,10 @@ def test_what_was_measured_is_kept_when_a_person_stops(model: Model, info: Model
 def test_a_mix_of_shapes_and_steps_is_measured_as_it_is(model: Model, info: ModelInfo) -> None:
     requests = [request(frames=5, steps=2), request(frames=9, steps=4), request(frames=5, steps=4, width=48)]
     mix = workload.of_mix([r.for_model(info.limits) for r in requests], "p.csv")
-    found = Sweep(model, mix, budget=1000, largest=2, clock=Clock()).run()
+    sweep = Sweep(model, mix, budget=1000, largest=2, clock=Clock())
+    prepare(sweep)
+    assert set(sweep.measured.decodes) == {frames_of(r) for r in mix.requests}  # no matter what repeats come to
+    found = sweep.run()
     assert {p.batch for p in found.points} == {1, 2}
     assert all(p.quality.equal for p in found.points if p.isolation == "exact" and p.quality)
 

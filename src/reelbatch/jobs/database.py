@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sqlalchemy import URL, Engine, create_engine, event, func, inspect, make_url, select, text
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from reelbatch.device import log
@@ -47,10 +47,10 @@ class Database:
     """Transactions on the tables of a manifest. Raises `ManifestError` where the database cannot be used."""
 
     def __init__(self, url: str | URL, *, create: bool = True) -> None:
-        self.url = url
+        self.url = parse(url)
         self._shared = threading.local()
         with self._errors_named():
-            self._engine = _connect(make_url(url), self.place)
+            self._engine = _connect(self.url, self.place)
             self._refuse_newer()
             if create:
                 self._create_tables()
@@ -61,9 +61,8 @@ class Database:
     @property
     def place(self) -> str:
         """The database as a message names it, without a password."""
-        url = make_url(self.url)
-        path = _path(url)
-        return str(path or url.set(username=None, password=None).render_as_string().partition("://")[2])
+        path = _path(self.url)
+        return str(path or self.url.set(username=None, password=None).render_as_string())
 
     @contextmanager
     def one_transaction(self) -> Iterator[None]:
@@ -99,7 +98,7 @@ class Database:
             raise ManifestError(self._described(error)) from error
 
     def _described(self, error: Exception) -> str:
-        path = _path(make_url(self.url))
+        path = _path(self.url)
         if path is not None and not path.exists():
             if not path.parent.exists():
                 return (
@@ -200,6 +199,16 @@ class _Connection(sqlite3.Connection):
                 if waited > LOCK_SECONDS:
                     raise ManifestError(f"{lock}; continue or end that one, and the same command goes on") from error
                 log.warning("%s; waiting", lock)
+
+
+def parse(url: str | URL) -> URL:
+    """Raises `ManifestError` for what is no URL."""
+    try:
+        return make_url(url)
+    except ArgumentError:
+        raise ManifestError(
+            "the manifest's place is no database URL; write it as postgresql+psycopg://user@host/name"
+        ) from None
 
 
 def _connect(url: URL, place: str) -> Engine:

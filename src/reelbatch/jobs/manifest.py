@@ -16,11 +16,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import URL, and_, delete, func, select, update
+from sqlalchemy import URL, and_, delete, func, inspect, select, update
 from sqlalchemy.orm import Session
 
 from reelbatch.jobs import leases
-from reelbatch.jobs.database import Database, ManifestError
+from reelbatch.jobs.database import Database, ManifestError, parse
 from reelbatch.jobs.leases import Leases
 from reelbatch.jobs.processes import born_at, host
 from reelbatch.jobs.schema import OPEN, Base, DeathRow, Finished, JobKeyRow, JobRow, ProcessRow, State, VideoRow
@@ -66,9 +66,25 @@ class Manifest(Database):
         """The manifest of an output folder: SQLite in it, unless a URL says where."""
         path = folder / FILE
         if url is None and must_exist and not path.exists():
+            if folder.is_file():
+                raise NotADirectoryError(f"{folder}: is a file; name the output folder of a job")
             raise FileNotFoundError(f"{folder}: no job has run there (no {FILE}); name the --out folder of a job")
-        own = URL.create("sqlite", database=str(path.resolve()))  # as a text, it would end at a "?" in the path
-        return cls(url or own, create=not must_exist, **options)
+        # `create` takes a path as it is; in a URL that is put together as text, ? and # would end it
+        return cls(url or URL.create("sqlite", database=str(path.resolve())), create=not must_exist, **options)
+
+    @classmethod
+    def existing(cls, folder: Path, url: str | None = None) -> Manifest | None:
+        """The manifest of an output folder if there is one; None, and nothing is created, if not."""
+        place = parse(url) if url else URL.create("sqlite", database=str(folder / FILE))
+        is_path = place.get_backend_name() == "sqlite" and "uri" not in place.query
+        if is_path and not Path(place.database or "").is_file():
+            return None
+        manifest = cls.in_folder(folder, url, must_exist=True)
+        with manifest._reading() as session:
+            if inspect(session.connection()).has_table(JobRow.__tablename__):
+                return manifest
+        manifest.close()
+        return None
 
     # -- jobs --------------------------------------------------------------------------------------
 

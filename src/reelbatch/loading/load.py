@@ -10,29 +10,24 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import AutoencoderKLHunyuanVideo
 
 from reelbatch.device import choose_device
+from reelbatch.loading.configs import NETWORKS, check_config, text_encoder_config
 from reelbatch.loading.hub import ModelFolderError
 from reelbatch.loading.inspection import ModelInfo, inspect
-from reelbatch.loading.lora import load_loras, lora_label
+from reelbatch.loading.lora import check_loras, load_loras, lora_label
 from reelbatch.loading.model import Model
 from reelbatch.loading.precision import Precision
+from reelbatch.loading.stored import UNUSED
 from reelbatch.memory.placement import Offload, Placement, check_offload
 from reelbatch.models.hunyuan_video.family import HunyuanVideo
 from reelbatch.models.hunyuan_video.text import DEFAULT_TEMPLATE, TextEncoder
-from reelbatch.models.hunyuan_video.transformer import HunyuanVideoTransformer3DModel
 from reelbatch.models.hunyuan_video.vae import VideoDecoder
+from reelbatch.outside_json import read_object
+from reelbatch.wording import shown_line
 
 STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Dtypes by their names in safetensors files."""
-NETWORKS: dict[str, Any] = {
-    "transformer": HunyuanVideoTransformer3DModel,
-    "vae": AutoencoderKLHunyuanVideo,
-    "text_encoder": transformers.LlamaModel,
-    "text_encoder_2": transformers.CLIPTextModel,
-}
-"""The parts with weights, and the classes that they are loaded as."""
 
 
 def load(
@@ -58,14 +53,7 @@ def load(
         ModelFolderError: for a folder with problems, weights that are not all there, or a model too large.
         ValueError: for a device or a dtype that is not there, or an offload that cannot be here.
     """
-    info = inspect(folder)
-    if info.problems:
-        raise ModelFolderError("\n".join(info.problems))
-    device = choose_device(device)
-    precision = Precision.parse(dtype, device)
-    check_offload(offload, device, precision.int8)
-    if not info.fits(device, precision, offload):
-        raise ModelFolderError(f"{folder}: {info.verdict(device, precision)}")
+    info, device, precision = check(folder, device, dtype, offload, lora)
     placement = Placement(device, offload, info.weight_bytes(precision, device), storable=not precision.int8)
     with quiet_progress():
         networks = _load_networks(info, precision, placement, lora)
@@ -80,6 +68,29 @@ def load(
     )
     name = " + ".join([info.name, *(lora_label(path, scale) for path, scale in lora)])
     return Model(name, info.folder, family, precision, placement, info.profile)
+
+
+def check(
+    folder: str | Path,
+    device: torch.device | str = "auto",
+    dtype: Precision | torch.dtype | str = "auto",
+    offload: Offload = "none",
+    lora: Sequence[tuple[str | Path, float]] = (),
+) -> tuple[ModelInfo, torch.device, Precision]:
+    """What a model is loaded with, after all is refused that can be before a weight is read; raises as `load`."""
+    info = inspect(folder)
+    if info.problems:
+        raise ModelFolderError("\n".join(info.problems))
+    device = choose_device(device)
+    precision = Precision.parse(dtype, device)
+    check_offload(offload, device, precision.int8)
+    if not info.fits(device, precision, offload):
+        raise ModelFolderError(f"{folder}: {info.verdict(device, precision)}")
+    if lora:
+        transformer = NETWORKS["transformer"]
+        with torch.device("meta"):  # the shapes of its layers are enough
+            check_loras(transformer.from_config(transformer.load_config(str(info.folder / "transformer"))), lora)
+    return info, device, precision
 
 
 def _load_networks(
@@ -100,21 +111,31 @@ def _load_networks(
                 local_files_only=True,
                 use_safetensors=True,
                 output_loading_info=True,
+                **_checked_config(info.folder, name),
                 **precision.loading(name),
             )
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ModelFolderError(f"{info.folder / name}: cannot be loaded: {error}") from error
-        if missing := sorted(report["missing_keys"]):
-            raise ModelFolderError(
-                f"{info.folder / name}: lacks {len(missing)} weights that the network needs, such as {missing[0]}; "
-                "download it again"
-            )
+        except MemoryError:
+            raise
+        except Exception as error:  # of any of the libraries
+            raise ModelFolderError(f"{info.folder / name}: cannot be loaded: {shown_line(str(error), 2000)}") from error
+        for keys, fault in (("missing_keys", "lacks"), ("unexpected_keys", "has unexpected")):
+            if names := sorted(name for name in report[keys] if not UNUSED.fullmatch(name)):
+                raise ModelFolderError(
+                    f"{info.folder / name}: {fault} {len(names)} weights, such as {names[0]}; download it again"
+                )
         if with_lora:
             load_loras(module, lora)
         networks[name] = module.eval().requires_grad_(False)
         # at once, so that no two networks are where one has room
         placement.take(name, module, dtype, HunyuanVideo.phases[name], name in HunyuanVideo.blockwise)
     return networks
+
+
+def _checked_config(folder: Path, component: str) -> dict[str, Any]:
+    """transformers reads no config.json by itself: any entry of it would become an attribute of the configuration."""
+    config, _ = check_config(component, read_object(folder / component / "config.json"))
+    own = text_encoder_config(component, config)
+    return {} if own is None else {"config": own}
 
 
 def _stored_dtype(stored_bytes: tuple[tuple[str, int], ...], dtype: torch.dtype) -> torch.dtype:
@@ -125,12 +146,20 @@ def _stored_dtype(stored_bytes: tuple[tuple[str, int], ...], dtype: torch.dtype)
 
 def _text_encoder(info: ModelInfo, networks: dict[str, Any]) -> TextEncoder:
     classes = {component.name: component.class_name for component in info.components}
+    tokenizers = []
+    for name, network in (("tokenizer", networks["text_encoder"]), ("tokenizer_2", networks["text_encoder_2"])):
+        tokenizers.append(_load_tokenizer(info.folder / name, classes[name]))
+        if (last := max(tokenizers[-1].get_vocab().values(), default=0)) >= network.config.vocab_size:
+            count = network.config.vocab_size
+            raise ModelFolderError(
+                f"{info.folder / name}: has a token {last}, and the text encoder has {count}: parts of two models"
+            )
     try:
         return TextEncoder(
             networks["text_encoder"],
-            _load_tokenizer(info.folder / "tokenizer", classes["tokenizer"]),
+            tokenizers[0],
             networks["text_encoder_2"],
-            _load_tokenizer(info.folder / "tokenizer_2", classes["tokenizer_2"]),
+            tokenizers[1],
             info.profile.prompt_template or DEFAULT_TEMPLATE,
         )
     except ModelFolderError:
@@ -150,8 +179,11 @@ def _load_tokenizer(folder: Path, class_name: str) -> transformers.PreTrainedTok
     tokenizer = getattr(transformers, class_name)
     try:
         return tokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ModelFolderError(f"{folder}: the tokenizer cannot be loaded: {error}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # tokenizers raises Exception itself, and transformers whatever a wrong type leads to
+        reason = shown_line(" ".join(f"{type(error).__name__}: {error}".split()))
+        raise ModelFolderError(f"{folder}: the tokenizer cannot be loaded: {reason}; get it again") from error
 
 
 @contextmanager

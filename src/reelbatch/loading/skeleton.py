@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-import transformers
-from diffusers import AutoencoderKLHunyuanVideo
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from reelbatch.loading.configs import build, check_config
 from reelbatch.loading.inspection import inspect
 from reelbatch.loading.precision import NOT_CONVERTED, Precision
 from reelbatch.models.hunyuan_video.family import HunyuanVideo
 from reelbatch.models.hunyuan_video.text import DEFAULT_TEMPLATE, PromptTemplate, TextEncoder
-from reelbatch.models.hunyuan_video.transformer import HunyuanVideoTransformer3DModel
 from reelbatch.models.hunyuan_video.vae import VideoDecoder
+from reelbatch.outside_json import read_object
 from reelbatch.request import ModelLimits
 from reelbatch.tracing import FAKE
 
@@ -64,10 +62,16 @@ def from_folder(folder: Path, precision: Precision, device: torch.device) -> Hun
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
     try:
-        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder / 'config.json'}: cannot be read ({error}); a plan needs it") from None
+        config, faults = check_config(folder.name, read_object(path, "a plan needs it"))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error}); a plan needs it") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if faults:
+        raise ValueError("\n".join(f"{path}: {fault}" for fault in faults))
+    return config
 
 
 def _family(
@@ -79,13 +83,7 @@ def _family(
     template: PromptTemplate,
 ) -> HunyuanVideo:
     where = device if device.type == "cpu" or torch.cuda.is_available() else torch.device("cpu")
-    with torch.device("meta"):
-        networks: dict[str, Any] = {
-            "transformer": HunyuanVideoTransformer3DModel.from_config(dict(configs["transformer"])),
-            "vae": AutoencoderKLHunyuanVideo.from_config(dict(configs["vae"])),
-            "text_encoder": transformers.LlamaModel(transformers.LlamaConfig(**configs["text_encoder"])),
-            "text_encoder_2": transformers.CLIPTextModel(transformers.CLIPTextConfig(**configs["text_encoder_2"])),
-        }
+    networks: dict[str, Any] = {name: build(name, config) for name, config in configs.items()}
     if precision.int8:
         _to_int8(networks["transformer"])
     for name, network in networks.items():

@@ -62,7 +62,7 @@ class Database:
     def place(self) -> str:
         """The database as a message names it, without a password."""
         path = _path(self.url)
-        return str(path or self.url.set(username=None, password=None).render_as_string().partition("://")[2])
+        return str(path or self.url.set(username=None, password=None).render_as_string())
 
     @contextmanager
     def one_transaction(self) -> Iterator[None]:

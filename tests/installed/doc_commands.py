@@ -1,0 +1,276 @@
+"""How each command and snippet of README.md and docs/ is run by the tests: as it is, with smaller numbers, or not at all.
+
+A command that stands in the documentation and not here fails the tests, and so does one that stands here alone.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from documents import CHECKOUT, documents
+from story import Command, Snippet, Story, videos, write
+
+DEMO = CHECKOUT / "src/reelbatch/demo/model"
+CIRCLE, CROSS = "a large red circle moving left on a black background", "small blue cross, up, white"
+CIRCLE_FILE = "a-large-red-circle-moving-left-on-a-black-background-seed"
+TINY = "height=64, width=64, num_frames=5, num_inference_steps=1"  # of a pipeline
+TENSORS = """
+import torch
+query, key, value = (torch.randn(2, {heads}, 40, 8) for _ in range(3))
+mask = torch.ones(2, 40, 40, dtype=torch.bool).tril()
+"""
+MASKED_PIPELINE = f"""
+import reelbatch, torch
+from diffusers import HunyuanVideoPipeline
+from reelbatch.attention import HeadRules, own_frame
+pipe = HunyuanVideoPipeline.from_pretrained({str(DEMO)!r})
+reelbatch.repair(pipe)
+prompts = [{CIRCLE!r}, {CROSS!r}]
+mask = torch.ones(2, 32 + 256, 32 + 256, dtype=torch.bool).tril()
+rules_of_first = HeadRules({{0: own_frame}})
+"""
+SMALL = "--height 64 --width 64 --frames 5 --steps 2"
+
+NOT_RUN = {
+    "make test": "needs the checkout: it runs these tests",
+    "make machine": "needs the checkout, and a quiet machine",
+    "REELBATCH_DIFFUSERS_SOURCE=$PWD/diffusers make test": "needs the checkout and a clone of Diffusers",
+    "git clone https://github.com/huggingface/diffusers": "needs the network",
+    "git -C diffusers checkout v0.42.1": "needs a clone of Diffusers",
+    ".venv/bin/python -m pip install parameterized requests-mock": "needs a package index",
+    ".venv/bin/python -m tests.outside.judge --source diffusers --write docs/compatibility.md": "needs the checkout "
+    "and a clone of Diffusers",
+    "python -m tests.outside.judge": "needs the checkout and a clone of Diffusers",
+    "accelerate launch --num_processes 4 -m reelbatch train style.yaml": "needs four GPUs; two processes on the CPU "
+    "are run below",
+    "accelerate launch --num_processes 4 --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP "
+    "-m reelbatch train style.yaml": "needs four GPUs; two processes on the CPU are run below",
+    "accelerate launch --cpu": "is named as what does not do",
+}
+"""Command -> why it cannot be run from an installed package, on any machine."""
+
+CHECKOUT_PROGRAMS = {
+    "python benchmarks/vs_diffusers.py --dtype fp32 --budget 0.2",
+    "python benchmarks/real_limit.py",
+    "python benchmarks/lora_new_word.py",
+    "python benchmarks/kills.py",
+    "python benchmarks/interrupts.py",
+    "python benchmarks/masks.py",
+    "python benchmarks/train_precision.py",
+}
+"""Programs of the checkout, of minutes to hours: of these `--help` is run, with the installed package."""
+
+
+def demo_folder(folder: Path) -> None:
+    (folder / "models").mkdir()
+    shutil.copytree(DEMO, folder / "models/HunyuanVideo")
+
+
+def suite(folder: Path) -> None:
+    (folder / "suite.txt").write_text(f"{CIRCLE}\n{CROSS}\n")
+
+
+def checkout_of_make(folder: Path) -> None:
+    """What `make demo` reads; its environment counts as set up."""
+    shutil.copy(CHECKOUT / "Makefile", folder)
+    shutil.copytree(CHECKOUT / "examples", folder / "examples")
+
+
+def draw_masks(folder: Path) -> None:
+    (folder / "docs/masks").mkdir(parents=True)
+    shutil.copy(CHECKOUT / "docs/draw_masks.py", folder / "docs")
+
+
+def vbench(folder: Path) -> None:
+    rows = [
+        {"prompt_en": CIRCLE, "dimension": ["temporal_flickering"]},
+        {"prompt_en": CROSS, "dimension": ["scene"]},
+    ]
+    (folder / "VBench_full_info.json").write_text(json.dumps(rows))
+
+
+def damage(folder: Path) -> None:
+    path = folder / f"suite/{CIRCLE_FILE}1.mp4"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 255
+    path.write_bytes(bytes(data))
+
+
+def move_away(folder: Path) -> None:
+    (folder / f"suite/{CIRCLE_FILE}0.mp4").rename(folder / "mine.mp4")
+
+
+def settings_of_the_page(folder: Path) -> None:
+    """docs/training.md's settings, of a small run of the bundled model."""
+    (page,) = (page for page in documents() if page.name == "docs/training.md")
+    (text,) = (text for language, text in page.blocks if language == "yaml")
+    for old, new in {
+        "model: /models/HunyuanVideo": "model: demo",
+        "validation_share: 0.05": "validation_share: 0.25",
+        "steps: 4000": "steps: 2",
+        "sample_every: 500": "sample_every: 2",
+    }.items():
+        assert old in text
+        text = text.replace(old, new)
+    (folder / "style.yaml").write_text(text)
+    (folder / "prompts.txt").write_text(f"{CIRCLE}\n")
+
+
+def more_clips(folder: Path) -> None:
+    (folder / "more").mkdir()
+    source = next((folder / "clips").glob("*.mp4"))
+    shutil.copy(source, folder / "more/one.mp4")
+    (folder / "more/list.jsonl").write_text(json.dumps({"file_name": "one.mp4", "text": CIRCLE}) + "\n")
+
+
+STORIES = [
+    Story(
+        "a first look",
+        [
+            Command("reelbatch doctor", says=["attention rules: own-frame"]),
+            Command(
+                "reelbatch plan --height 720 --width 1280 --frames 129 --model hunyuanvideo-13b --on h100",
+                says=["1280×720, 129 frames", "estimated peak"],
+            ),
+        ],
+        fast=True,
+    ),
+    Story(
+        "videos of a prompt file, and one of them again",
+        [
+            write("prompts.jsonl", json.dumps({"prompt": CIRCLE, "width": 96}) + "\n"),
+            Command(
+                "reelbatch generate --prompts prompts.jsonl --copies 5 --steps 20 --out out",
+                {"--copies 5 --steps 20": "--copies 2 --steps 2"},
+                leaves=videos(2),
+            ),
+            Command("reelbatch generate --again FILE.mp4", {"FILE": f"out/{CIRCLE_FILE}1"}, says=["bit for bit"]),
+        ],
+        fast=True,
+    ),
+    Story(
+        "a suite",
+        [
+            suite,
+            Command("reelbatch job run suite.txt --copies 5 --out suite", more=SMALL, leaves=videos(10, "suite")),
+            Command("reelbatch job export suite rows.csv", leaves={"rows.csv": 1}),
+            Command("reelbatch job report suite"),
+        ],
+        fast=True,
+    ),
+    Story("make demo", [checkout_of_make, Command("make demo", {"make": "make -o .venv/.installed BIN=$SITE/bin"}, leaves=videos(6, "out/demo"))]),
+    Story(
+        "README: from the command line",
+        [
+            suite,
+            demo_folder,
+            Command(f'reelbatch generate "{CIRCLE}" "{CROSS}"', leaves=videos(2)),
+            Command('reelbatch generate "a cat, in detail" --prompt-2 "a cat"'),
+            Command("reelbatch generate --model /models/HunyuanVideo --device cuda --batch-size 4 --prompts suite.txt", {"/models": "models", "cuda": "cpu"}),
+            Command("reelbatch model-info /models/HunyuanVideo", {"/models": "models"}),
+            Command("reelbatch tune"),
+            Command("reelbatch --install-completion"),
+            Command("reelbatch plan --on rtx4090"),
+            Command("reelbatch plan --cards"),
+            Command("reelbatch plan --calibrate"),
+            Command("reelbatch plan"),
+            Command(f'reelbatch generate --attention-rule own-frame "{CIRCLE}"'),
+        ],
+    ),
+    Story(
+        "README: training",
+        [
+            Command("python -m reelbatch.demo.shapes --out clips", more="--clips 8"),
+            write("lora.yaml", "steps: 2\n"),
+            Command("reelbatch train lora.yaml --data clips"),
+            Command("reelbatch train --data clips --out out/style", more="--steps 2"),
+            demo_folder,
+            Command('reelbatch generate "a robot in the rain" --model /models/HunyuanVideo --lora out/style/lora.safetensors:0.8', {"/models": "models"}),
+            lambda folder: shutil.copy(folder / "out/style/lora.safetensors", folder / "a.safetensors"),
+            Command("reelbatch convert-lora a.safetensors b.safetensors --names kohya"),
+            settings_of_the_page,
+            more_clips,
+            Command("reelbatch train style.yaml --rank 32 --steps 4000", {"4000": "2"}),
+            Command("reelbatch train style.yaml --resume auto", more="--rank 32 --steps 3"),
+            write("style.yaml", "data: clips\nsteps: 2\n"),
+            Command("accelerate launch --multi_gpu --num_processes 2 -m reelbatch train style.yaml --device cpu", more="--out ddp"),
+            Command("accelerate launch --use_fsdp --fsdp_version 2 --num_processes 2 -m reelbatch train style.yaml --device cpu", more="--out fsdp"),
+            Command("torchrun --nproc-per-node 2 -m reelbatch train style.yaml --device cpu", more="--out torchrun"),
+            lambda folder: shutil.copytree(DEMO.parent, folder / "src/reelbatch/demo"),
+            Command("reelbatch train src/reelbatch/demo/train.yaml", more="--data clips --steps 2 --batch-size 2 --out full --sample-every 0"),
+        ],
+    ),
+    Story(
+        "docs/jobs.md",
+        [
+            suite,
+            write(f"suite/{CIRCLE_FILE}0.mp4", "a file of somebody else"),
+            Command("reelbatch job run suite.txt --out suite --copies 5 --seed 0", more="--steps 4", exit_code=1),
+            Command("reelbatch job status suite --watch", stop_at="failed", exit_code=130),
+            move_away,
+            Command("reelbatch job retry suite --failed"),
+            Command("reelbatch job run suite.txt --out suite --copies 5 --seed 0", more="--steps 4"),
+            damage,
+            Command("reelbatch job verify suite --make-again", exit_code=1),
+            Command("reelbatch job run suite.txt --out suite --copies 5 --seed 0", more="--steps 4"),
+            Command("reelbatch job report suite"),
+            Command("reelbatch job export suite rows.csv"),
+            write("suite.csv", f"prompt,tags\n{CIRCLE},animal\n{CROSS},\n"),
+            Command("reelbatch job run suite.csv --only tag=animal --limit 20 --dry-run"),
+            Command("reelbatch generate --again out/a-cat-seed0.mp4", {"out/a-cat-": f"suite/{CIRCLE_FILE[:-4]}"}),
+        ],
+    ),
+    Story(
+        "docs/jobs.md: VBench",
+        [
+            vbench,
+            Command("reelbatch job run VBench_full_info.json --out vbench --naming vbench", more=SMALL),
+            lambda folder: (folder / "vbench").rename(folder / "first"),
+            write("rewritten.txt", "a big red disc that moves to the left, on black\na little blue cross that rises on white\n"),
+            Command("reelbatch job run rewritten.txt --named-after VBench_full_info.json --out vbench --naming vbench", more=SMALL),
+        ],
+    ),
+    Story(
+        "the package and its modules",
+        [
+            Command('pip install "reelbatch[parquet]"', {"install": "install --quiet --no-index --no-deps --find-links $DIST --target here"}),
+            Command("python -m reelbatch.demo.evaluate", more="--prompts 2 --steps 2"),
+            Command("python -m reelbatch.demo.train --help"),
+            Command("reelbatch train --help"),
+        ],
+    ),
+    Story(
+        "docs/masks.md: pictures",
+        [draw_masks, Command("python docs/draw_masks.py", leaves={"docs/masks/*.png": 9})],
+    ),
+    Story(
+        "README: from Python",
+        [
+            Snippet(
+                "reelbatch.repair(pipe)",
+                {"[6.0, 4.5]": f"[6.0, 4.5], {TINY}"},
+                before=f"import reelbatch\nfrom diffusers import HunyuanVideoPipeline\nfolder = {str(DEMO)!r}",
+            ),
+            Snippet("from reelbatch import Engine, VideoRequest\n\nengine =", leaves={"out/*.mp4": 2, "out/*.json": 2}),
+            Snippet("from reelbatch.engine.config import EngineConfig", says=["Progress(", "Worked("]),
+        ],
+    ),
+    Story(
+        "docs/masks.md: from Python",
+        [
+            Snippet("out = attention(query, key, value, mask)", before=TENSORS.format(heads=3), after="assert out.shape == query.shape"),
+            Snippet('mask, axes="BQK")', before=f"from reelbatch.attention import attention\n{TENSORS.format(heads=2)}"),
+            Snippet(
+                "pipe(prompts, attention_kwargs",
+                {"(prompts,": f"(prompts, {TINY},", "range(0, 12)": "range(0, 2)"},
+                before=MASKED_PIPELINE,
+            ),
+            Snippet("rules = HeadRules("),
+            Snippet('register_rule("near-frames"', leaves={"near-frames.mp4": 1, "near-frames.json": 1}),
+        ],
+    ),
+]

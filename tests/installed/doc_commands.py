@@ -1,4 +1,4 @@
-"""How each command and snippet of README.md and docs/ is run by the tests: as it is, with smaller numbers, or not at all.
+"""How each command and snippet of README.md and docs/ is run: as it is, with smaller numbers, or why not at all.
 
 A command that stands in the documentation and not here fails the tests, and so does one that stands here alone.
 """
@@ -6,13 +6,14 @@ A command that stands in the documentation and not here fails the tests, and so 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from documents import CHECKOUT, documents
-from story import Command, Snippet, Story, videos, write
+from story import SOME, Command, Snippet, Story, videos, write
 
 DEMO = CHECKOUT / "src/reelbatch/demo/model"
 CIRCLE, CROSS = "a large red circle moving left on a black background", "small blue cross, up, white"
@@ -65,6 +66,12 @@ CHECKOUT_PROGRAMS = {
 """Programs of the checkout, of minutes to hours: of these `--help` is run, with the installed package."""
 
 
+JOB = "reelbatch job run suite.txt --out suite --copies 5 --seed 0"
+VBENCH = {"vbench/videos/*.mp4": 30, **{name: 1 for name in videos(0, "vbench") if "*" not in name}}
+CARDS = [line for line in (CHECKOUT / "docs/memory.md").read_text().splitlines() if line.startswith("| ")]
+ENCODED = {"~/.cache/reelbatch/encoded/*.safetensors": SOME}
+
+
 def demo_folder(folder: Path) -> None:
     (folder / "models").mkdir()
     shutil.copytree(DEMO, folder / "models/HunyuanVideo")
@@ -104,6 +111,14 @@ def move_away(folder: Path) -> None:
     (folder / f"suite/{CIRCLE_FILE}0.mp4").rename(folder / "mine.mp4")
 
 
+def clips(folder: Path) -> None:
+    """Clips of the bundled model's little world, with captions; one more is in a list."""
+    for to, count in (("clips", "8"), ("more", "1")):
+        command = [sys.executable, "-m", "reelbatch.demo.shapes", "--out", to, "--clips", count, "--seed", str(len(to))]
+        subprocess.run(command, cwd=folder, env=os.environ | {"PYTHONPATH": str(CHECKOUT / "src")}, check=True)
+    (folder / "more/metadata.jsonl").rename(folder / "more/list.jsonl")
+
+
 def settings_of_the_page(folder: Path) -> None:
     """docs/training.md's settings, of a small run of the bundled model."""
     (page,) = (page for page in documents() if page.name == "docs/training.md")
@@ -120,25 +135,20 @@ def settings_of_the_page(folder: Path) -> None:
     (folder / "prompts.txt").write_text(f"{CIRCLE}\n")
 
 
-def more_clips(folder: Path) -> None:
-    (folder / "more").mkdir()
-    source = next((folder / "clips").glob("*.mp4"))
-    shutil.copy(source, folder / "more/one.mp4")
-    (folder / "more/list.jsonl").write_text(json.dumps({"file_name": "one.mp4", "text": CIRCLE}) + "\n")
+def trained(folder: str, step: int, weights: str = "lora.safetensors", resumed: bool = False) -> dict[str, int]:
+    """What a training leaves in `folder`; one that goes on replaces the other files."""
+    last = {f"{folder}/checkpoints/step-{step:07}/*": SOME, f"{folder}/tensorboard/*": SOME}
+    return (
+        last
+        if resumed
+        else last
+        | {f"{folder}/{name}": 1 for name in ("config.yaml", "metrics.csv", "loss.png")}
+        | {f"{folder}/{weights}": SOME}
+    )
 
 
 STORIES = [
-    Story(
-        "a first look",
-        [
-            Command("reelbatch doctor", says=["attention rules: own-frame"]),
-            Command(
-                "reelbatch plan --height 720 --width 1280 --frames 129 --model hunyuanvideo-13b --on h100",
-                says=["1280×720, 129 frames", "estimated peak"],
-            ),
-        ],
-        fast=True,
-    ),
+    Story("doctor", [Command("reelbatch doctor", says=["attention rules: own-frame"])], fast=True),
     Story(
         "videos of a prompt file, and one of them again",
         [
@@ -157,51 +167,145 @@ STORIES = [
         [
             suite,
             Command("reelbatch job run suite.txt --copies 5 --out suite", more=SMALL, leaves=videos(10, "suite")),
-            Command("reelbatch job export suite rows.csv", leaves={"rows.csv": 1}),
-            Command("reelbatch job report suite"),
+            Command("reelbatch job report suite", says=["suite/report.html", "suite/contact-sheet.png"]),
+            Command("reelbatch job export suite rows.csv", leaves={"rows.csv": 1}, says=["10 rows in rows.csv"]),
         ],
         fast=True,
     ),
-    Story("make demo", [checkout_of_make, Command("make demo", {"make": "make -o .venv/.installed BIN=$SITE/bin"}, leaves=videos(6, "out/demo"))]),
     Story(
-        "README: from the command line",
+        "make demo",
+        [
+            checkout_of_make,
+            Command("make demo", {"make": "make -o .venv/.installed BIN=$SITE/bin"}, leaves=videos(6, "out/demo")),
+        ],
+    ),
+    Story(
+        "README: the command line",
         [
             suite,
             demo_folder,
             Command(f'reelbatch generate "{CIRCLE}" "{CROSS}"', leaves=videos(2)),
-            Command('reelbatch generate "a cat, in detail" --prompt-2 "a cat"'),
-            Command("reelbatch generate --model /models/HunyuanVideo --device cuda --batch-size 4 --prompts suite.txt", {"/models": "models", "cuda": "cpu"}),
-            Command("reelbatch model-info /models/HunyuanVideo", {"/models": "models"}),
-            Command("reelbatch tune"),
-            Command("reelbatch --install-completion"),
-            Command("reelbatch plan --on rtx4090"),
-            Command("reelbatch plan --cards"),
-            Command("reelbatch plan --calibrate"),
-            Command("reelbatch plan"),
-            Command(f'reelbatch generate --attention-rule own-frame "{CIRCLE}"'),
+            Command(
+                'reelbatch generate "a cat, in detail" --prompt-2 "a cat"',
+                leaves={"out/a-cat-in-detail-seed0.*": 2},
+                says=["does not know cat"],
+            ),
+            Command(
+                "reelbatch generate --model /models/HunyuanVideo --device cuda --batch-size 4 --prompts suite.txt",
+                {"/models": "models", "cuda": "cpu"},
+                says=["2 of 2 videos in out"],
+            ),
+            Command("reelbatch model-info /models/HunyuanVideo", {"/models": "models"}, says=["transformer", "vae"]),
+            Command(
+                f'reelbatch generate --attention-rule own-frame "{CIRCLE}"',
+                leaves={"out/a-large-red-circle-*.mp4": 1, "out/a-large-red-circle-*.json": 1},
+            ),
+            Command("reelbatch --install-completion", leaves={"~/*": SOME}),
+        ],
+    ),
+    Story(
+        "what is used by later commands, in the cache",
+        [
+            Command(
+                "reelbatch tune",
+                exit_code=[0, 1],  # 1: the machine is too busy for an advice
+                leaves={
+                    "out/tune/tune.html": 1,
+                    "out/tune/tune.json": 1,
+                    "out/tune/*.png": SOME,
+                    "~/.cache/reelbatch/*": SOME,
+                },
+            ),
+            Command("reelbatch plan --calibrate", leaves={"~/.cache/reelbatch/calibrations/*.json": 1}),
+        ],
+    ),
+    Story(
+        "plans for other cards",
+        [
+            Command(
+                "reelbatch plan --height 720 --width 1280 --frames 129 --model hunyuanvideo-13b --on h100",
+                says=["1280×720, 129 frames", "h100", "should fit"],
+            ),
+            Command("reelbatch plan --on rtx4090", says=["rtx4090", "should fit"]),
+            Command("reelbatch plan --cards", says=CARDS),
         ],
     ),
     Story(
         "README: training",
         [
-            Command("python -m reelbatch.demo.shapes --out clips", more="--clips 8"),
+            Command(
+                "python -m reelbatch.demo.shapes --out clips",
+                more="--clips 8",
+                leaves={"clips/*.mp4": 8, "clips/metadata.jsonl": 1},
+            ),
             write("lora.yaml", "steps: 2\n"),
-            Command("reelbatch train lora.yaml --data clips"),
-            Command("reelbatch train --data clips --out out/style", more="--steps 2"),
-            demo_folder,
-            Command('reelbatch generate "a robot in the rain" --model /models/HunyuanVideo --lora out/style/lora.safetensors:0.8', {"/models": "models"}),
-            lambda folder: shutil.copy(folder / "out/style/lora.safetensors", folder / "a.safetensors"),
-            Command("reelbatch convert-lora a.safetensors b.safetensors --names kohya"),
-            settings_of_the_page,
-            more_clips,
-            Command("reelbatch train style.yaml --rank 32 --steps 4000", {"4000": "2"}),
-            Command("reelbatch train style.yaml --resume auto", more="--rank 32 --steps 3"),
-            write("style.yaml", "data: clips\nsteps: 2\n"),
-            Command("accelerate launch --multi_gpu --num_processes 2 -m reelbatch train style.yaml --device cpu", more="--out ddp"),
-            Command("accelerate launch --use_fsdp --fsdp_version 2 --num_processes 2 -m reelbatch train style.yaml --device cpu", more="--out fsdp"),
-            Command("torchrun --nproc-per-node 2 -m reelbatch train style.yaml --device cpu", more="--out torchrun"),
+            Command("reelbatch train lora.yaml --data clips", leaves=trained("out/train", 2) | ENCODED),
+            Command(
+                "reelbatch generate --lora",
+                more=f'out/train/lora.safetensors "{CIRCLE}" --out styled {SMALL}',
+                leaves=videos(1, "styled"),
+            ),
             lambda folder: shutil.copytree(DEMO.parent, folder / "src/reelbatch/demo"),
-            Command("reelbatch train src/reelbatch/demo/train.yaml", more="--data clips --steps 2 --batch-size 2 --out full --sample-every 0"),
+            Command(
+                "reelbatch train src/reelbatch/demo/train.yaml",
+                more="--data clips --steps 2 --batch-size 2 --sample-every 2 --out full",
+                leaves=trained("full", 2, "model/*") | ENCODED,
+            ),
+        ],
+    ),
+    Story(
+        "docs/training.md",
+        [
+            clips,
+            Command(
+                "reelbatch train --data clips --out out/style",
+                more="--steps 2",
+                leaves=trained("out/style", 2) | ENCODED,
+            ),
+            demo_folder,
+            Command(
+                'reelbatch generate "a robot in the rain" --model /models/HunyuanVideo '
+                "--lora out/style/lora.safetensors:0.8",
+                {"/models": "models"},
+                leaves=videos(1),
+                says=["`reelbatch model-info models/HunyuanVideo` says what it draws"],
+            ),
+            lambda folder: shutil.copy(folder / "out/style/lora.safetensors", folder / "a.safetensors"),
+            Command("reelbatch convert-lora a.safetensors b.safetensors --names kohya", leaves={"b.safetensors": 1}),
+            settings_of_the_page,
+            Command(
+                "reelbatch train style.yaml --rank 32 --steps 4000",
+                {"4000": "2"},
+                leaves=trained("out/train", 2) | ENCODED | {"out/train/samples/*.png": 1},
+            ),
+            Command(
+                "reelbatch train style.yaml --resume auto",
+                more="--rank 32 --steps 3",
+                leaves=trained("out/train", 3, resumed=True) | {"out/train/samples/*.png": SOME},
+            ),
+        ],
+    ),
+    Story(
+        "docs/training.md: many devices",
+        [
+            clips,
+            write("style.yaml", "data: clips\nsteps: 2\n"),
+            Command(
+                "accelerate launch --multi_gpu --num_processes 2 -m reelbatch train style.yaml --device cpu",
+                more="--out ddp",
+                leaves=trained("ddp", 2) | ENCODED,
+            ),
+            Command(
+                "accelerate launch --use_fsdp --fsdp_version 2 --num_processes 2 -m reelbatch train style.yaml "
+                "--device cpu",
+                more="--out fsdp",
+                leaves=trained("fsdp", 2),
+            ),
+            Command(
+                "torchrun --nproc-per-node 2 -m reelbatch train style.yaml --device cpu",
+                more="--out torchrun",
+                leaves=trained("torchrun", 2),
+            ),
         ],
     ),
     Story(
@@ -209,18 +313,27 @@ STORIES = [
         [
             suite,
             write(f"suite/{CIRCLE_FILE}0.mp4", "a file of somebody else"),
-            Command("reelbatch job run suite.txt --out suite --copies 5 --seed 0", more="--steps 4", exit_code=1),
+            Command(
+                JOB,
+                more="--steps 4",
+                exit_code=1,
+                says=["9 of 10"],
+                leaves={**videos(9, "suite")},
+            ),
             Command("reelbatch job status suite --watch", stop_at="failed", exit_code=130),
             move_away,
-            Command("reelbatch job retry suite --failed"),
-            Command("reelbatch job run suite.txt --out suite --copies 5 --seed 0", more="--steps 4"),
+            Command("reelbatch job retry suite --failed", says=["1 videos are in line again"]),
+            Command(JOB, more="--steps 4", says=["10 of 10"], leaves={f"suite/{CIRCLE_FILE}0.*": 2}),
             damage,
-            Command("reelbatch job verify suite --make-again", exit_code=1),
-            Command("reelbatch job run suite.txt --out suite --copies 5 --seed 0", more="--steps 4"),
-            Command("reelbatch job report suite"),
-            Command("reelbatch job export suite rows.csv"),
+            Command(
+                "reelbatch job verify suite --make-again",
+                exit_code=1,
+                says=["1 of 10 videos were wrong"],
+            ),
+            Command(JOB, more="--steps 4", says=["10 of 10"], leaves={f"suite/{CIRCLE_FILE}1.*": 2}),
             write("suite.csv", f"prompt,tags\n{CIRCLE},animal\n{CROSS},\n"),
-            Command("reelbatch job run suite.csv --only tag=animal --limit 20 --dry-run"),
+            Command("reelbatch job run suite.csv --only tag=animal --limit 20 --dry-run", says=["1 "]),
+            Command("reelbatch job run --add", {"run": "run suite.csv"}, more=f"--out suite {SMALL}", leaves={}),
             Command("reelbatch generate --again out/a-cat-seed0.mp4", {"out/a-cat-": f"suite/{CIRCLE_FILE[:-4]}"}),
         ],
     ),
@@ -228,19 +341,33 @@ STORIES = [
         "docs/jobs.md: VBench",
         [
             vbench,
-            Command("reelbatch job run VBench_full_info.json --out vbench --naming vbench", more=SMALL),
+            Command("reelbatch job run VBench_full_info.json --out vbench --naming vbench", more=SMALL, leaves=VBENCH),
             lambda folder: (folder / "vbench").rename(folder / "first"),
-            write("rewritten.txt", "a big red disc that moves to the left, on black\na little blue cross that rises on white\n"),
-            Command("reelbatch job run rewritten.txt --named-after VBench_full_info.json --out vbench --naming vbench", more=SMALL),
+            write(
+                "rewritten.txt", "a big red disc that moves left, on black\na little blue cross that rises on white\n"
+            ),
+            Command(
+                "reelbatch job run rewritten.txt --named-after VBench_full_info.json --out vbench --naming vbench",
+                more=SMALL,
+                leaves=VBENCH,
+            ),
         ],
     ),
     Story(
         "the package and its modules",
         [
-            Command('pip install "reelbatch[parquet]"', {"install": "install --quiet --no-index --no-deps --find-links $DIST --target here"}),
-            Command("python -m reelbatch.demo.evaluate", more="--prompts 2 --steps 2"),
-            Command("python -m reelbatch.demo.train --help"),
-            Command("reelbatch train --help"),
+            Command(
+                'pip install "reelbatch[parquet]"',
+                {"install": "install --quiet --no-index --no-deps --find-links $DIST --target here"},
+                leaves={"here/reelbatch/*": SOME, "here/reelbatch-*.dist-info/*": SOME, "here/bin/reelbatch": 1},
+            ),
+            Command(
+                "python -m reelbatch.demo.evaluate",
+                more="--prompts 2 --steps 2",
+                says=["of all attributes of 2 clips read back as asked"],
+            ),
+            Command("python -m reelbatch.demo.train --help", says=["Stage 1", "export"]),
+            Command("reelbatch train --help", says=["--data", "--resume"]),
         ],
     ),
     Story(
@@ -262,8 +389,14 @@ STORIES = [
     Story(
         "docs/masks.md: from Python",
         [
-            Snippet("out = attention(query, key, value, mask)", before=TENSORS.format(heads=3), after="assert out.shape == query.shape"),
-            Snippet('mask, axes="BQK")', before=f"from reelbatch.attention import attention\n{TENSORS.format(heads=2)}"),
+            Snippet(
+                "out = attention(query, key, value, mask)",
+                before=TENSORS.format(heads=3),
+                after="assert out.shape == query.shape",
+            ),
+            Snippet(
+                'mask, axes="BQK")', before=f"from reelbatch.attention import attention\n{TENSORS.format(heads=2)}"
+            ),
             Snippet(
                 "pipe(prompts, attention_kwargs",
                 {"(prompts,": f"(prompts, {TINY},", "range(0, 12)": "range(0, 2)"},

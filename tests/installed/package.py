@@ -40,6 +40,8 @@ class Package:
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
             "COLUMNS": "200",
+            "SITE": str(self.site),  # these two for commands of the table
+            "DIST": str(self.wheel.parent),
         }
 
     def run(self, command: str, folder: Path, home: Path) -> tuple[int, str]:

@@ -15,7 +15,7 @@ class _Documented:
         text: as it is documented (of a snippet: a part that no other has).
         changes: what the tests put in the place of what, so that it is small and needs no GPU or 13B checkpoint.
         exit_code: one code, or those that are right.
-        leaves: glob pattern -> count of the files that it leaves and that were not there; `~/` is the home folder.
+        leaves: glob pattern -> count (or SOME) of files that it leaves and that were not there; `~/` is the home.
         removes: files that it takes away.
         says: parts of what it prints.
     """
@@ -63,6 +63,9 @@ class Snippet(_Documented):
     before: str = ""
     after: str = ""
 
+
+SOME = -1
+"""As a count of files: one or more."""
 
 Step = Command | Snippet | Callable[[Path], object]
 

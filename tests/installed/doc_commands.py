@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from documents import CHECKOUT, documents
-from story import SOME, Command, Snippet, Story, videos, write
+from story import ANY, SOME, Command, Snippet, Story, videos, write
 
 DEMO = CHECKOUT / "src/reelbatch/demo/model"
 CIRCLE, CROSS = "a large red circle moving left on a black background", "small blue cross, up, white"
@@ -69,7 +69,8 @@ CHECKOUT_PROGRAMS = {
 JOB = "reelbatch job run suite.txt --out suite --copies 5 --seed 0"
 VBENCH = {"vbench/videos/*.mp4": 30, **{name: 1 for name in videos(0, "vbench") if "*" not in name}}
 CARDS = [line for line in (CHECKOUT / "docs/memory.md").read_text().splitlines() if line.startswith("| ")]
-ENCODED = {"~/.cache/reelbatch/encoded/*.safetensors": SOME}
+CACHE = "~/.cache/reelbatch/encoded/*.safetensors"
+ENCODED = {CACHE: SOME}
 
 
 def demo_folder(folder: Path) -> None:
@@ -107,8 +108,10 @@ def damage(folder: Path) -> None:
     path.write_bytes(bytes(data))
 
 
-def move_away(folder: Path) -> None:
-    (folder / f"suite/{CIRCLE_FILE}0.mp4").rename(folder / "mine.mp4")
+def folder_in_the_place_of_a_video(folder: Path) -> None:
+    for path in (folder / "suite").glob(f"{CIRCLE_FILE}0.*"):
+        path.unlink()
+    (folder / f"suite/{CIRCLE_FILE}0.mp4").mkdir()
 
 
 def clips(folder: Path) -> None:
@@ -193,7 +196,7 @@ STORIES = [
             Command(
                 "reelbatch generate --model /models/HunyuanVideo --device cuda --batch-size 4 --prompts suite.txt",
                 {"/models": "models", "cuda": "cpu"},
-                says=["2 of 2 videos in out"],
+                leaves={"out/*-seed0-2.mp4": 2, "out/*-seed0-2.json": 2},  # of another model than those there
             ),
             Command("reelbatch model-info /models/HunyuanVideo", {"/models": "models"}, says=["transformer", "vae"]),
             Command(
@@ -213,7 +216,7 @@ STORIES = [
                     "out/tune/tune.html": 1,
                     "out/tune/tune.json": 1,
                     "out/tune/*.png": SOME,
-                    "~/.cache/reelbatch/*": SOME,
+                    "~/.cache/reelbatch/profiles/*.json": ANY,  # with exit code 0
                 },
             ),
             Command("reelbatch plan --calibrate", leaves={"~/.cache/reelbatch/calibrations/*.json": 1}),
@@ -249,7 +252,7 @@ STORIES = [
             Command(
                 "reelbatch train src/reelbatch/demo/train.yaml",
                 more="--data clips --steps 2 --batch-size 2 --sample-every 2 --out full",
-                leaves=trained("full", 2, "model/*") | ENCODED,
+                leaves=trained("full", 2, "model/*") | {"full/samples/*.png": 1, CACHE: ANY},
             ),
         ],
     ),
@@ -312,16 +315,11 @@ STORIES = [
         "docs/jobs.md",
         [
             suite,
-            write(f"suite/{CIRCLE_FILE}0.mp4", "a file of somebody else"),
-            Command(
-                JOB,
-                more="--steps 4",
-                exit_code=1,
-                says=["9 of 10"],
-                leaves={**videos(9, "suite")},
-            ),
-            Command("reelbatch job status suite --watch", stop_at="failed", exit_code=130),
-            move_away,
+            Command(JOB, more="--steps 4", says=["10 of 10 videos in suite"], leaves=videos(10, "suite")),
+            folder_in_the_place_of_a_video,
+            Command(JOB, more="--steps 4", exit_code=1, says=["failed"]),
+            Command("reelbatch job status suite --watch", stop_at=r"failed +1", exit_code=130),
+            lambda folder: (folder / f"suite/{CIRCLE_FILE}0.mp4").rmdir(),
             Command("reelbatch job retry suite --failed", says=["1 videos are in line again"]),
             Command(JOB, more="--steps 4", says=["10 of 10"], leaves={f"suite/{CIRCLE_FILE}0.*": 2}),
             damage,
@@ -329,11 +327,20 @@ STORIES = [
                 "reelbatch job verify suite --make-again",
                 exit_code=1,
                 says=["1 of 10 videos were wrong"],
+                leaves={f"suite/damaged/{CIRCLE_FILE}1.mp4": 1},
+                removes=[f"suite/{CIRCLE_FILE}1.mp4", f"suite/{CIRCLE_FILE}1.json"],
             ),
             Command(JOB, more="--steps 4", says=["10 of 10"], leaves={f"suite/{CIRCLE_FILE}1.*": 2}),
-            write("suite.csv", f"prompt,tags\n{CIRCLE},animal\n{CROSS},\n"),
-            Command("reelbatch job run suite.csv --only tag=animal --limit 20 --dry-run", says=["1 "]),
-            Command("reelbatch job run --add", {"run": "run suite.csv"}, more=f"--out suite {SMALL}", leaves={}),
+            write(
+                "suite.csv", 'prompt,tags\n"small green square, down, black",animal\n"small blue star, up, white",\n'
+            ),
+            Command("reelbatch job run suite.csv --only tag=animal --limit 20 --dry-run", says=["1 video"]),
+            Command(
+                "reelbatch job run --add",
+                {"run": "run suite.csv"},
+                more="--out suite",
+                leaves={"suite/small-green-square-*": 2, "suite/small-blue-star-*": 2},
+            ),
             Command("reelbatch generate --again out/a-cat-seed0.mp4", {"out/a-cat-": f"suite/{CIRCLE_FILE[:-4]}"}),
         ],
     ),

@@ -15,7 +15,7 @@ class _Documented:
         text: as it is documented (of a snippet: a part that no other has).
         changes: what the tests put in the place of what, so that it is small and needs no GPU or 13B checkpoint.
         exit_code: one code, or those that are right.
-        leaves: glob pattern -> count (or SOME) of files that it leaves and that were not there; `~/` is the home.
+        leaves: glob pattern -> count (or SOME, or ANY) of new files that it leaves; `~/` is the home folder.
         removes: files that it takes away.
         says: parts of what it prints.
     """
@@ -64,8 +64,8 @@ class Snippet(_Documented):
     after: str = ""
 
 
-SOME = -1
-"""As a count of files: one or more."""
+SOME, ANY = -1, -2
+"""As a count of files: one or more; none or more."""
 
 Step = Command | Snippet | Callable[[Path], object]
 

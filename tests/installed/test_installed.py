@@ -23,7 +23,7 @@ import typer
 from doc_commands import CHECKOUT_PROGRAMS, NOT_RUN, STORIES
 from documents import CHECKOUT, documents
 from package import Package, install
-from story import SOME, Command, Snippet, Story
+from story import ANY, SOME, Command, Snippet, Story
 
 import reelbatch.cli
 
@@ -154,7 +154,7 @@ def unexpected(left: set[str], expected: Mapping[str, int]) -> list[str]:
     wrong = [
         f"{counts[pattern]} of {pattern}, not {'some' if count == SOME else count}"
         for pattern, count in expected.items()
-        if counts[pattern] != count and not (count == SOME and counts[pattern])
+        if count != ANY and counts[pattern] != count and not (count == SOME and counts[pattern])
     ]
     return wrong + sorted(name for name in left if not any(fnmatchcase(name, pattern) for pattern in expected))
 

@@ -97,6 +97,17 @@ def test_a_folder_has_one_sheet_of_all_its_videos_in_one_order(tiny_folder: Path
     assert [path.name for path in (here / "o").glob("*.png")] == ["contact-sheet.png"]
 
 
+def test_what_is_somebody_elses_does_not_count_as_a_video(tiny_folder: Path, here: Path) -> None:
+    words = ("generate", "a cat", "a dog", "--model", tiny_folder, "--out", "o", "--frames", 1, "--steps", 1)
+    assert "2 of 2 videos in o" in call(*words).stderr
+    for path in (here / "o").glob("a-dog-seed0.*"):
+        path.unlink()
+    (here / "o/a-dog-seed0.mp4/mine").mkdir(parents=True)
+    again = call(*words)
+    assert again.exit_code == 1
+    assert "1 of 2 videos in o" in again.stderr
+
+
 def test_a_warning_of_unknown_words_is_one_short_line(here: Path) -> None:
     prompt = " ".join(f"word{'x' * 30}{i}" for i in range(100))
     result = call("generate", prompt, "--lora", "none.safetensors", "--steps", 1)

@@ -238,7 +238,7 @@ def make(spec: JobSpec, engine: Engine | None, *, as_json: bool = False) -> int:
     if interrupted:
         say(f"stopped; the same command goes on where it stopped{report}")
         return INTERRUPTED
-    say(_summary(job, out) + report + draw_sheet(out, rows))
+    say(_summary(job, out, rows) + report + draw_sheet(out, rows))
     return SOME_FAILED if failed or any(row.state == "failed" for row in manifest.rows(job.number)) else 0
 
 
@@ -297,8 +297,9 @@ def drawn(what: str, draw: Callable[[], Path]) -> str:
         return f"; no {what}, since it could not be written: {error.strerror or error}"
 
 
-def _summary(job: Job, out: Path) -> str:
-    there = sum((out / row.file).exists() for row in job.rows)
+def _summary(job: Job, out: Path, rows: Sequence[VideoRow]) -> str:
+    done = {row.id for row in rows if row.state == "done"}  # at a failed video's name may be somebody else's file
+    there = sum(row.id in done and (out / row.file).exists() for row in job.rows)
     return f"{there} of {len(job.rows)} videos in {out}"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import HunyuanVideo15Transformer3DModel
+from diffusers import AutoencoderKLHunyuanVideo15, HunyuanVideo15Transformer3DModel
 from tiny import randomise
 
 TRANSFORMER: dict[str, Any] = {
@@ -28,5 +28,20 @@ def transformer(seed: int = 0, **changes: Any) -> HunyuanVideo15Transformer3DMod
     """Diffusers' own class, the reference."""
     torch.manual_seed(seed)
     model = HunyuanVideo15Transformer3DModel(**{**TRANSFORMER, **changes})
+    randomise(model, seed)
+    return model.eval()
+
+
+def vae(seed: int = 1, **changes: Any) -> AutoencoderKLHunyuanVideo15:
+    """Diffusers' own class. 16 × 16 pixels and, the first aside, 4 frames become one of the latents, as in the
+    published model."""
+    torch.manual_seed(seed)
+    config = {
+        "latent_channels": 4,
+        "block_out_channels": (8, 8, 8, 16, 16),
+        "layers_per_block": 1,
+        "scaling_factor": 1.03682,
+    }
+    model = AutoencoderKLHunyuanVideo15(**{**config, **changes})
     randomise(model, seed)
     return model.eval()

@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKLHunyuanVideo15, HunyuanVideo15Transformer3DModel
-from tiny import randomise
+from diffusers import (
+    AutoencoderKLHunyuanVideo15,
+    FlowMatchEulerDiscreteScheduler,
+    HunyuanVideo15ImageToVideoPipeline,
+    HunyuanVideo15Pipeline,
+    HunyuanVideo15Transformer3DModel,
+)
+from diffusers.guiders import ClassifierFreeGuidance
+from tiny import WORDS, randomise
+from transformers import (
+    ByT5Tokenizer,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLTextConfig,
+    Qwen2_5_VLTextModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    T5Config,
+    T5EncoderModel,
+)
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from reelbatch.demo.tokenizers import qwen_tokenizer
 
 TRANSFORMER: dict[str, Any] = {
     "in_channels": 9,
@@ -45,3 +65,80 @@ def vae(seed: int = 1, **changes: Any) -> AutoencoderKLHunyuanVideo15:
     model = AutoencoderKLHunyuanVideo15(**{**config, **changes})
     randomise(model, seed)
     return model.eval()
+
+
+def qwen(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Qwen2_5_VLTextModel:
+    torch.manual_seed(seed)
+    config = Qwen2_5_VLTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        initializer_range=0.2,
+        rope_scaling={"mrope_section": [2, 2, 4], "rope_type": "default", "type": "default"},
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = Qwen2_5_VLTextModel(config)
+    randomise(model, seed)
+    return model.eval()
+
+
+def byt5(seed: int = 0) -> T5EncoderModel:
+    torch.manual_seed(seed)
+    config = T5Config(
+        vocab_size=384,
+        d_model=24,
+        d_kv=12,
+        d_ff=32,
+        num_layers=2,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+    )
+    model = T5EncoderModel(config)
+    randomise(model, seed)
+    return model.eval()
+
+
+def siglip(seed: int = 0) -> SiglipVisionModel:
+    torch.manual_seed(seed)
+    config = SiglipVisionConfig(
+        hidden_size=20, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=24, patch_size=8
+    )
+    model = SiglipVisionModel(config)
+    randomise(model, seed)
+    return model.eval()
+
+
+GUIDANCE = 4.0
+
+
+def pipeline(kind: Literal["text", "image"] = "image", seed: int = 0, **changes: Any) -> Any:
+    """Diffusers' own pipeline, all components with random weights.
+
+    Args:
+        kind: whether it is the text-to-video pipeline, or the image-to-video one.
+        changes: of the transformer's configuration.
+    """
+    tokenizer = qwen_tokenizer(WORDS)
+    components: dict[str, Any] = {
+        "text_encoder": qwen(tokenizer, seed),
+        "tokenizer": tokenizer,
+        "transformer": transformer(seed, **changes),
+        "vae": vae(seed),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=5.0),
+        "text_encoder_2": byt5(seed),
+        "tokenizer_2": ByT5Tokenizer(),
+        "guider": ClassifierFreeGuidance(guidance_scale=GUIDANCE),
+    }
+    if kind == "text":
+        return HunyuanVideo15Pipeline(**components)
+    components["image_encoder"] = siglip(seed)
+    components["feature_extractor"] = SiglipImageProcessorPil(size={"height": 24, "width": 24})
+    pipe = HunyuanVideo15ImageToVideoPipeline(**components)
+    pipe.vision_num_semantic_tokens = 9
+    return pipe

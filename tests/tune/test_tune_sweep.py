@@ -16,10 +16,12 @@ from reelbatch.loading.precision import Precision
 from reelbatch.loading.skeleton import hunyuanvideo_13b
 from reelbatch.memory.estimate import Estimator
 from reelbatch.tune import profiles, report, run, workload
+from reelbatch.tune.baseline import prepare
 from reelbatch.tune.choose import Limits
 from reelbatch.tune.measure import Stopped, observe
 from reelbatch.tune.results import Update
 from reelbatch.tune.sweep import Sweep
+from reelbatch.tune.workload import frames_of
 from reelbatch.tune.write import write
 
 
@@ -136,7 +138,10 @@ def test_what_was_measured_is_kept_when_a_person_stops(model: Model, info: Model
 def test_a_mix_of_shapes_and_steps_is_measured_as_it_is(model: Model, info: ModelInfo) -> None:
     requests = [request(frames=5, steps=2), request(frames=9, steps=4), request(frames=5, steps=4, width=48)]
     mix = workload.of_mix([r.for_model(info.limits) for r in requests], "p.csv")
-    found = Sweep(model, mix, budget=1000, largest=2, clock=Clock()).run()
+    sweep = Sweep(model, mix, budget=1000, largest=2, clock=Clock())
+    prepare(sweep)
+    assert set(sweep.measured.decodes) == {frames_of(r) for r in mix.requests}  # no matter what repeats come to
+    found = sweep.run()
     assert {p.batch for p in found.points} == {1, 2}
     assert all(p.quality.equal for p in found.points if p.isolation == "exact" and p.quality)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -26,7 +28,17 @@ from transformers import (
 )
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from reelbatch.attention import rule_names
 from reelbatch.demo.tokenizers import qwen_tokenizer
+from reelbatch.loading.model import Model
+from reelbatch.loading.precision import Precision
+from reelbatch.memory.placement import Placement
+from reelbatch.models.hunyuan_video15.family import HunyuanVideo15
+from reelbatch.models.hunyuan_video15.images import ImageEncoder, nearest_size
+from reelbatch.models.hunyuan_video15.text import TextEncoder
+from reelbatch.models.hunyuan_video15.transformer import HunyuanVideo15Transformer3DModel as Ours
+from reelbatch.models.hunyuan_video15.vae import VideoDecoder
+from reelbatch.request import ModelLimits, RequestDefaults
 
 TRANSFORMER: dict[str, Any] = {
     "in_channels": 9,
@@ -142,3 +154,37 @@ def pipeline(kind: Literal["text", "image"] = "image", seed: int = 0, **changes:
     pipe = HunyuanVideo15ImageToVideoPipeline(**components)
     pipe.vision_num_semantic_tokens = 9
     return pipe
+
+
+def limits_of(pipe: Any) -> ModelLimits:
+    """Small defaults, and sizes for images of 4,096 pixels."""
+    return ModelLimits(
+        spatial_stride=16,
+        temporal_stride=4,
+        defaults=RequestDefaults(height=32, width=48, frames=5, steps=2, guidance=GUIDANCE, fps=8),
+        attention_rules=rule_names,
+        image_size=partial(nearest_size, target_size=64, stride=16),
+        guidance="classifier-free",
+        tile_stride=64,
+    )
+
+
+def model(pipe: Any) -> Model:
+    """Ours, of the networks of Diffusers' pipeline; they are changed in place and no longer its own."""
+    ours = Ours.from_config(pipe.transformer.config)
+    ours.load_state_dict(pipe.transformer.state_dict())
+    decoder, device = VideoDecoder(pipe.vae), torch.device("cpu")
+    family = HunyuanVideo15(
+        ours.eval(),
+        decoder,
+        TextEncoder(pipe.text_encoder, pipe.tokenizer, pipe.text_encoder_2, pipe.tokenizer_2),
+        ImageEncoder(pipe.image_encoder, pipe.feature_extractor, decoder),
+        pipe.scheduler.config.shift,
+        limits_of(pipe),
+        device,
+    )
+    placement = Placement(device)
+    for name, part in family.parts.items():
+        part.requires_grad_(False)
+        placement.take(name, part, torch.float32, family.phases[name], name in family.blockwise)
+    return Model("tiny15", Path("tiny15"), family, Precision.parse("float32", device), placement)

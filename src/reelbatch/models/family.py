@@ -50,6 +50,10 @@ class SampleView(Protocol):
     def timestep(self) -> Float[Tensor, ""]:
         """sigma × 1000 of the sample's current step, fp32."""
 
+    @property
+    def next_timestep(self) -> Float[Tensor, ""]:
+        """sigma × 1000 that the step leads to, 0 at the last, fp32."""
+
 
 class Family(Protocol):
     """A loaded model.

@@ -9,6 +9,7 @@ import PIL.Image
 import pytest
 import tiny15
 import torch
+from tiny15 import mixed, picture
 from torch import Tensor
 
 from reelbatch import VideoRequest
@@ -16,28 +17,9 @@ from reelbatch.engine.engine import Engine
 from reelbatch.loading.model import Model
 
 
-def picture(width: int, height: int, seed: int = 0) -> bytes:
-    generator = torch.Generator().manual_seed(seed)
-    pixels = torch.randint(0, 256, (height // 4, width // 4, 3), generator=generator, dtype=torch.uint8)
-    file = io.BytesIO()
-    PIL.Image.fromarray(pixels.numpy()).resize((width, height)).save(file, "PNG")
-    return file.getvalue()
-
-
 @pytest.fixture(scope="module", params=[False, True], ids=["guided", "meanflow"])
 def model(request: pytest.FixtureRequest) -> Model:
     return tiny15.model(tiny15.pipeline(use_meanflow=request.param))
-
-
-def mixed() -> list[VideoRequest]:
-    """Text to video, with and without glyphs, and image to video; no two of one size or number of steps."""
-    asked: list[dict[str, Any]] = [
-        {"prompt": "a red cat", "steps": 3},
-        {"prompt": 'a sign that says "go" at night', "frames": 1, "height": 16, "width": 16, "guidance": 1},
-        {"prompt": "a dog running", "image": picture(64, 40), "steps": 2, "negative_prompt": "blurry “low”"},
-        {"prompt": "a horse “slowly”", "image": picture(40, 60), "height": 48, "width": 32, "frames": 9, "steps": 1},
-    ]
-    return [VideoRequest(seed=seed, id=str(seed), **fields) for seed, fields in enumerate(asked)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

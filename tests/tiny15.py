@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import PIL.Image
 import torch
 from diffusers import (
     AutoencoderKLHunyuanVideo15,
@@ -28,6 +31,7 @@ from transformers import (
 )
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from reelbatch import VideoRequest
 from reelbatch.attention import rule_names
 from reelbatch.demo.tokenizers import qwen_tokenizer
 from reelbatch.loading.model import Model
@@ -188,3 +192,30 @@ def model(pipe: Any) -> Model:
         part.requires_grad_(False)
         placement.take(name, part, torch.float32, family.phases[name], name in family.blockwise)
     return Model("tiny15", Path("tiny15"), family, Precision.parse("float32", device), placement)
+
+
+def make_folder(folder: Path, kind: Literal["text", "image"] = "image", seed: int = 0, **changes: Any) -> Path:
+    """Writes a whole model folder (Diffusers layout, safetensors, fp32) and a `reelbatch.json` with small defaults."""
+    pipeline(kind, seed, **changes).save_pretrained(folder)
+    defaults = {"height": 32, "width": 48, "frames": 5, "steps": 2, "fps": 8}
+    (folder / "reelbatch.json").write_text(json.dumps({"defaults": defaults}), encoding="utf-8")
+    return folder
+
+
+def picture(width: int, height: int, seed: int = 0) -> bytes:
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (height // 4, width // 4, 3), generator=generator, dtype=torch.uint8)
+    file = io.BytesIO()
+    PIL.Image.fromarray(pixels.numpy()).resize((width, height)).save(file, "PNG")
+    return file.getvalue()
+
+
+def mixed() -> list[VideoRequest]:
+    """Text to video, with and without glyphs, and image to video; no two of one size or number of steps."""
+    asked: list[dict[str, Any]] = [
+        {"prompt": "a red cat", "steps": 3},
+        {"prompt": 'a sign that says "go" at night', "frames": 1, "height": 16, "width": 16, "guidance": 1},
+        {"prompt": "a dog running", "image": picture(64, 40), "steps": 2, "negative_prompt": "blurry “low”"},
+        {"prompt": "a horse “slowly”", "image": picture(40, 60), "height": 48, "width": 32, "frames": 9, "steps": 1},
+    ]
+    return [VideoRequest(seed=seed, id=str(seed), **fields) for seed, fields in enumerate(asked)]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from reelbatch.loading.layout import CLASSES
-
 REAL_MODEL = "hunyuanvideo-community/HunyuanVideo"
 DEMO_FOLDER = Path(__file__).parents[1] / "demo" / "model"
 
@@ -39,7 +37,9 @@ def _download(repository: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-    wanted = ["model_index.json", "reelbatch.json", *(f"{component}/*" for component in CLASSES)]
+    from reelbatch.loading.families import COMPONENTS
+
+    wanted = ["model_index.json", "reelbatch.json", *(f"{component}/*" for component in COMPONENTS)]
     try:
         return Path(snapshot_download(repository, allow_patterns=wanted, ignore_patterns=["*.bin", "*.onnx"]))
     except GatedRepoError:

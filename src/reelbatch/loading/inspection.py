@@ -1,7 +1,7 @@
 """What a model folder holds, and what is wrong with it: from its JSON files and the headers of its weight files.
 
-A folder has model_index.json, transformer/, vae/, text_encoder/ (Llama), text_encoder_2/ (CLIP), tokenizer/,
-tokenizer_2/ and scheduler/. A `reelbatch.json` beside them is optional (`FolderProfile`).
+A folder has model_index.json and a folder for each of its family's components (`Layout.classes`). A `reelbatch.json`
+beside them is optional (`FolderProfile`).
 """
 
 from __future__ import annotations
@@ -9,21 +9,28 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from reelbatch.attention import rule_names
 from reelbatch.device import choose_device, device_memory_bytes
+from reelbatch.loading.families import LAYOUTS
 from reelbatch.loading.hub import REAL_MODEL, ModelFolderError, model_name
-from reelbatch.loading.layout import CLASSES, OTHER_SCHEDULES, WEIGHTS
+from reelbatch.loading.layout import Layout
 from reelbatch.loading.precision import Precision
 from reelbatch.memory.placement import Offload
-from reelbatch.models.hunyuan_video.text import PromptTemplate
+from reelbatch.models.prompts import PromptTemplate
 from reelbatch.request import ModelLimits, RequestDefaults, RequestError, VideoRequest
+
+CONFIG_FILES = {
+    "scheduler": "scheduler_config.json",
+    "guider": "guider_config.json",
+    "feature_extractor": "preprocessor_config.json",
+}
+"""Components that are a configuration alone, and the file that it is in."""
 
 
 class FolderProfile(BaseModel):
@@ -72,6 +79,7 @@ class ModelInfo:
     flow_shift: float
     profile: FolderProfile
     problems: tuple[str, ...]
+    layout: Layout
 
     @property
     def name(self) -> str:
@@ -101,7 +109,7 @@ class ModelInfo:
         if offload != "none":
             precision = Precision.parse(dtype, device)
             size = {part.name: precision.weight_bytes(part.name, part.parameters) for part in self.components}
-            text, transformer = ("text_encoder", "text_encoder_2"), ("transformer",)
+            text, transformer = ("text_encoder", "text_encoder_2", "image_encoder"), ("transformer",)
             parts = [("vae",), text, transformer] if offload == "component" else [("vae",), text[1:]]
             need = max(sum(size.get(name, 0) for name in names) for names in parts)
             if device.type != "cpu" and total >= device_memory_bytes("cpu"):
@@ -138,52 +146,48 @@ def inspect(folder: str | Path) -> ModelInfo:
     index = reader.json("model_index.json")
     if reader.problems:
         raise ModelFolderError(reader.problems[0])
-    if index.get("_class_name") != "HunyuanVideoPipeline":
+    layout = LAYOUTS.get(str(index.get("_class_name")))
+    if layout is None:
+        known = "; ".join(f"{name} ({known.makes}), such as {known.example}" for name, known in LAYOUTS.items())
         raise ModelFolderError(
-            f"{folder / 'model_index.json'}: is a folder for {index.get('_class_name')}, but reelbatch runs "
-            f"HunyuanVideoPipeline (text to video), such as {REAL_MODEL}"
+            f"{folder / 'model_index.json'}: is a folder for {index.get('_class_name')}, but reelbatch runs {known}"
         )
     for part in sorted(folder.rglob("*.incomplete")):
         reader.problem(part, "is a download that did not finish; run the download again, it goes on where it stopped")
 
     components, configs = [], {}
-    for name in CLASSES:
+    for name, classes in layout.classes.items():
         entry = index.get(name)
         class_name = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
         if class_name is None:
-            reader.problem("model_index.json", f"lists no {name}; the folder must hold all of {', '.join(CLASSES)}")
-        elif class_name not in CLASSES[name]:
-            reader.problem("model_index.json", f"has {name} of class {class_name}; expected {CLASSES[name][0]}")
+            listed = ", ".join(layout.classes)
+            reader.problem("model_index.json", f"lists no {name}; the folder must hold all of {listed}")
+        elif class_name not in classes:
+            reader.problem("model_index.json", f"has {name} of class {class_name}; expected {classes[0]}")
         elif not (folder / name).is_dir():
             reader.problem(name, f"missing: the {name} that model_index.json lists; run the download again")
         else:
             counted: Counter[str] = Counter()
             stored: Counter[str] = Counter()
-            if name in WEIGHTS:
+            if name in layout.weights:
                 configs[name] = reader.json(f"{name}/config.json")
-                counted, stored = reader.weights(name)
-            elif name == "scheduler":
-                configs[name] = reader.json("scheduler/scheduler_config.json")
+                counted, stored = reader.weights(name, layout.weights[name])
+            elif name in CONFIG_FILES:
+                configs[name] = reader.json(f"{name}/{CONFIG_FILES[name]}")
             else:
-                reader.tokenizer(name)
+                reader.tokenizer(name, class_name)
             sizes = tuple(sorted(stored.items()))
             components.append(ComponentInfo(name, class_name, counted.total(), sizes))
-    reader.architecture(configs)
+    reader.architecture(configs, layout)
 
-    profile = reader.profile()
-    vae, transformer = configs.get("vae", {}), configs.get("transformer", {})
-    limits = ModelLimits(
-        spatial_stride=vae.get("spatial_compression_ratio", 8) * transformer.get("patch_size", 2),
-        temporal_stride=vae.get("temporal_compression_ratio", 4),
-        defaults=profile.defaults,
-        attention_rules=rule_names,
-    )
+    profile, said = reader.profile()
+    limits = layout.limits(configs, said)
     try:
-        VideoRequest(prompt="-", **vars(profile.defaults)).for_model(limits)
+        VideoRequest(prompt="-", **vars(limits.defaults)).for_model(replace(limits, advice=None))
     except RequestError as error:
         reader.problem("reelbatch.json", f"has defaults that the model cannot make: {error}")
     flow_shift = float(configs.get("scheduler", {}).get("shift", 1.0))
-    return ModelInfo(folder, tuple(components), limits, flow_shift, profile, tuple(reader.problems))
+    return ModelInfo(folder, tuple(components), limits, flow_shift, profile, tuple(reader.problems), layout)
 
 
 class _Reader:
@@ -209,11 +213,11 @@ class _Reader:
             self.problem(path, f"cannot be read ({error}); get the file again")
         return {}
 
-    def weights(self, component: str) -> tuple[Counter[str], Counter[str]]:
+    def weights(self, component: str, file: str) -> tuple[Counter[str], Counter[str]]:
         """Parameters and bytes by dtype of a component's safetensors files, each checked for completeness."""
         parameters: Counter[str] = Counter()
         size: Counter[str] = Counter()
-        base = self.folder / component / WEIGHTS[component]
+        base = self.folder / component / file
         single, index = base.with_suffix(".safetensors"), base.with_suffix(".safetensors.index.json")
         shards: dict[Path, set[str]] = {}
         if single.is_file():
@@ -244,56 +248,39 @@ class _Reader:
                 size[tensor["dtype"]] += end - begin
         return parameters, size
 
-    def tokenizer(self, component: str) -> None:
+    def tokenizer(self, component: str, class_name: str) -> None:
         folder = self.folder / component
+        if class_name == "ByT5Tokenizer":  # has no vocabulary: its tokens are bytes
+            return
         enough = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))
         if not any(all((folder / file).is_file() for file in files) for files in enough):
             self.problem(component, "has neither tokenizer.json nor vocab.json with merges.txt; run the download again")
 
-    def architecture(self, configs: dict[str, dict[str, Any]]) -> None:
-        """Whether the components are HunyuanVideo's text-to-video ones and fit together."""
+    def architecture(self, configs: dict[str, dict[str, Any]], layout: Layout) -> None:
+        """Whether the components are those of the family and fit together."""
         for name, config in configs.items():
             class_name = config.get("_class_name") or next(iter(config.get("architectures") or ()), None)
-            if class_name not in (None, *CLASSES[name]):
-                self.problem(f"{name}/config.json", f"is of class {class_name}; expected {CLASSES[name][0]}")
-        transformer, scheduler = configs.get("transformer", {}), configs.get("scheduler", {})
-        if kind := transformer.get("image_condition_type"):
-            self.problem(
-                "transformer/config.json",
-                f"is an image-to-video model (image_condition_type {kind}); reelbatch runs text to video",
-            )
-        if transformer.get("patch_size_t", 1) != 1:
-            self.problem("transformer/config.json", f"has patch_size_t {transformer['patch_size_t']}; only 1 is known")
-        for setting in OTHER_SCHEDULES:
-            if scheduler.get(setting):
-                self.problem(
-                    "scheduler/scheduler_config.json",
-                    f"sets {setting}; HunyuanVideo's schedule is shift alone, so the videos would not be this model's",
-                )
-        for setting, other, other_setting in (
-            ("in_channels", "vae", "latent_channels"),
-            ("text_embed_dim", "text_encoder", "hidden_size"),
-            ("pooled_projection_dim", "text_encoder_2", "hidden_size"),
-        ):
-            value, expected = transformer.get(setting), configs.get(other, {}).get(other_setting)
-            if None not in (value, expected) and value != expected:
-                self.problem(
-                    "transformer/config.json",
-                    f"has {setting} {value}, but {other} has {other_setting} {expected}: these are parts of two models",
-                )
+            if class_name not in (None, *layout.classes[name]):
+                file = CONFIG_FILES.get(name, "config.json")
+                self.problem(f"{name}/{file}", f"is of class {class_name}; expected {layout.classes[name][0]}")
+        for path, text in layout.problems(configs):
+            self.problem(path, text)
 
-    def profile(self) -> FolderProfile:
+    def profile(self) -> tuple[FolderProfile, dict[str, Any]]:
+        """What `reelbatch.json` says, and which defaults."""
         path = "reelbatch.json"
         if not (self.folder / path).is_file():
-            return FolderProfile()
+            return FolderProfile(), {}
         content = self.json(path)
         try:
-            return FolderProfile.model_validate(content)
+            profile = FolderProfile.model_validate(content)
         except ValidationError as error:
             for fault in error.errors():
                 field = ".".join(str(part) for part in fault["loc"])
                 self.problem(path, f"{field}: {fault['msg'].removeprefix('Value error, ')}; got {fault['input']!r}")
-            return FolderProfile()
+            return FolderProfile(), {}
+        said = content.get("defaults", {})
+        return profile, {name: getattr(profile.defaults, name) for name in said}
 
 
 def _safetensors_header(file: Path) -> dict[str, dict[str, Any]]:

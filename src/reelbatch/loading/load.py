@@ -10,29 +10,18 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import AutoencoderKLHunyuanVideo
 
 from reelbatch.device import choose_device
 from reelbatch.loading.hub import ModelFolderError
 from reelbatch.loading.inspection import ModelInfo, inspect
+from reelbatch.loading.layout import Contents
 from reelbatch.loading.lora import load_loras, lora_label
 from reelbatch.loading.model import Model
 from reelbatch.loading.precision import Precision
 from reelbatch.memory.placement import Offload, Placement, check_offload
-from reelbatch.models.hunyuan_video.family import HunyuanVideo
-from reelbatch.models.hunyuan_video.text import DEFAULT_TEMPLATE, TextEncoder
-from reelbatch.models.hunyuan_video.transformer import HunyuanVideoTransformer3DModel
-from reelbatch.models.hunyuan_video.vae import VideoDecoder
 
 STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Dtypes by their names in safetensors files."""
-NETWORKS: dict[str, Any] = {
-    "transformer": HunyuanVideoTransformer3DModel,
-    "vae": AutoencoderKLHunyuanVideo,
-    "text_encoder": transformers.LlamaModel,
-    "text_encoder_2": transformers.CLIPTextModel,
-}
-"""The parts with weights, and the classes that they are loaded as."""
 
 
 def load(
@@ -69,15 +58,16 @@ def load(
     placement = Placement(device, offload, info.weight_bytes(precision, device), storable=not precision.int8)
     with quiet_progress():
         networks = _load_networks(info, precision, placement, lora)
-    text = _text_encoder(info, networks)
-    family = HunyuanVideo(
-        networks["transformer"],
-        VideoDecoder(networks["vae"]),
-        text,
-        info.flow_shift,
-        info.limits.defaults,
-        device,
+    contents = Contents(
+        networks, _load_tokenizers(info), info.profile.prompt_template, info.limits, info.flow_shift, device
     )
+    try:
+        family = info.layout.build(contents)
+    except ValueError as error:
+        raise ModelFolderError(
+            f"{info.folder / 'reelbatch.json'}: its prompt_template (HunyuanVideo's own where it has none) does not "
+            f"fit the tokenizer: {error}"
+        ) from error
     name = " + ".join([info.name, *(lora_label(path, scale) for path, scale in lora)])
     return Model(name, info.folder, family, precision, placement, info.profile)
 
@@ -87,7 +77,7 @@ def _load_networks(
 ) -> dict[str, Any]:
     networks: dict[str, Any] = {}
     stored = {component.name: component.stored_bytes for component in info.components}
-    for name, network in NETWORKS.items():
+    for name, network in info.layout.networks.items():
         dtype = precision.of(name)
         with_lora = (
             name == "transformer" and len(lora) > 0
@@ -113,7 +103,8 @@ def _load_networks(
             load_loras(module, lora)
         networks[name] = module.eval().requires_grad_(False)
         # at once, so that no two networks are where one has room
-        placement.take(name, module, dtype, HunyuanVideo.phases[name], name in HunyuanVideo.blockwise)
+        layout = info.layout
+        placement.take(name, module, dtype, layout.phases[name], name in layout.blockwise, layout.also.get(name, ()))
     return networks
 
 
@@ -123,30 +114,22 @@ def _stored_dtype(stored_bytes: tuple[tuple[str, int], ...], dtype: torch.dtype)
     return STORED[kinds.pop()] if len(kinds) == 1 and kinds <= STORED.keys() else dtype
 
 
-def _text_encoder(info: ModelInfo, networks: dict[str, Any]) -> TextEncoder:
-    classes = {component.name: component.class_name for component in info.components}
-    try:
-        return TextEncoder(
-            networks["text_encoder"],
-            _load_tokenizer(info.folder / "tokenizer", classes["tokenizer"]),
-            networks["text_encoder_2"],
-            _load_tokenizer(info.folder / "tokenizer_2", classes["tokenizer_2"]),
-            info.profile.prompt_template or DEFAULT_TEMPLATE,
-        )
-    except ModelFolderError:
-        raise
-    except ValueError as error:
-        raise ModelFolderError(
-            f"{info.folder / 'reelbatch.json'}: its prompt_template (HunyuanVideo's own where it has none) does not "
-            f"fit the tokenizer: {error}"
-        ) from error
+def _load_tokenizers(info: ModelInfo) -> dict[str, Any]:
+    """And the image processor, of folders that have one."""
+    return {
+        component.name: _load_tokenizer(info.folder / component.name, component.class_name)
+        for component in info.components
+        if component.name.startswith("tokenizer") or component.name == "feature_extractor"
+    }
 
 
-def _load_tokenizer(folder: Path, class_name: str) -> transformers.PreTrainedTokenizerFast:
+def _load_tokenizer(folder: Path, class_name: str) -> Any:
     # transformers 5 rebuilds a LlamaTokenizer from the vocabulary by Llama 2's rules, and so spells Llama 3's words
     # letter by letter without their spaces. What tokenizer.json says is right.
     if class_name.startswith("Llama") and (folder / "tokenizer.json").is_file():
         class_name = "PreTrainedTokenizerFast"
+    if class_name.startswith("SiglipImageProcessor"):
+        class_name = "SiglipImageProcessorPil"  # the same numbers whether torchvision is here or not
     tokenizer = getattr(transformers, class_name)
     try:
         return tokenizer.from_pretrained(folder, local_files_only=True)

@@ -163,7 +163,8 @@ class Estimator:
         sizes = dict.fromkeys(PHASES, 0)
         for name, network in family.parts.items():
             in_blocks = offload == "block" and name in family.blockwise
-            sizes[family.phases[name]] += streamed_bytes(network) if in_blocks else network_bytes(network)
+            for phase in (family.phases[name], *family.also.get(name, ())):
+                sizes[phase] += streamed_bytes(network) if in_blocks else network_bytes(network)
         return MappingProxyType(sizes)
 
     # -- tensors

@@ -78,6 +78,8 @@ class _Part:
     network: nn.Module
     phase: Phase
     blockwise: bool
+    also: tuple[Phase, ...] = ()
+    """Further phases that it works in."""
     hook: _Visit | None = None
     group: DiskGroup | None = None
     """Where a whole network waits on disk."""
@@ -86,6 +88,10 @@ class _Part:
     def streams(self) -> bool:
         return bool(groups_of(self.network))
 
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        return (self.phase, *self.also)
+
 
 class _Visit(ModelHook):
     """Called before a network works: has its weights come, and the others' leave.
@@ -93,12 +99,13 @@ class _Visit(ModelHook):
     execution_device: where the network computes.
     """
 
-    def __init__(self, placement: Placement, phase: Phase) -> None:
-        self.placement, self.phase = placement, phase
+    def __init__(self, placement: Placement, phase: Phase, also: tuple[Phase, ...] = ()) -> None:
+        self.placement, self.phase, self.also = placement, phase, also
         self.execution_device = placement.device
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        self.placement.enter(self.phase)
+        if self.placement.here not in self.also:
+            self.placement.enter(self.phase)
         return send_to_device(args, self.execution_device), send_to_device(kwargs, self.execution_device)
 
 
@@ -142,15 +149,24 @@ class Placement:
         """Whether offloaded weights wait on disk: those loaded for it may come in the dtype that they are stored in."""
         return self.offload == "block" and self.device.type == "cpu"
 
-    def take(self, name: str, network: nn.Module, dtype: torch.dtype, phase: Phase, blockwise: bool) -> None:
+    def take(
+        self,
+        name: str,
+        network: nn.Module,
+        dtype: torch.dtype,
+        phase: Phase,
+        blockwise: bool,
+        also: tuple[Phase, ...] = (),
+    ) -> None:
         """Puts a loaded network's weights where they belong.
 
         Args:
             name: of the part. phase: which it works in.
             dtype: to compute in. Weights that wait on disk may come in another, and are cast a block at a time.
             blockwise: whether its weights can come block by block.
+            also: further phases that it works in: its weights are on the device then too.
         """
-        part = _Part(name, network, phase, blockwise)
+        part = _Part(name, network, phase, blockwise, also)
         self._parts.append(part)
         if self.offload == "none":
             network.to(self.device)
@@ -165,7 +181,7 @@ class Placement:
             for group in [*groups_of(network), *([part.group] if part.group else [])]:
                 group.cast(dtype)
             free_memory()
-        part.hook = _Visit(self, phase)
+        part.hook = _Visit(self, phase, also)
         add_hook_to_module(network, part.hook)
 
     def enter(self, phase: Phase) -> None:
@@ -210,7 +226,7 @@ class Placement:
         others = [other for other in PHASES if other != phase]
         away = "the CPU" if self.device.type != "cpu" else "disk"
         if self.device.type != "cpu" or self.storable:
-            if self.offload == "none" and any(part.phase != phase for part in self._parts):
+            if self.offload == "none" and any(phase not in part.phases for part in self._parts):
                 what = f"with the other networks moved to {away}"
                 reliefs.append(Relief(what, lambda: self.evicted(*others)))
             if self.offload != "block" and any(part.blockwise for part in self._of(phase)):
@@ -225,7 +241,7 @@ class Placement:
         self.restore()  # what is still away from an earlier try must not be written over
         with self._for_a_while():
             for part in self._parts if self.offload == "none" else []:
-                if part.phase not in phases:
+                if not set(part.phases) <= set(phases):
                     continue
                 if self.device.type != "cpu":
                     self._undo.append(partial(part.network.to, self.device))
@@ -296,7 +312,7 @@ class Placement:
     # -- small parts -------------------------------------------------------------------------------
 
     def _of(self, phase: Phase) -> list[_Part]:
-        return [part for part in self._parts if part.phase == phase]
+        return [part for part in self._parts if phase in part.phases]
 
     def _disk_group(self, part: _Part) -> DiskGroup:
         """Its weights, which can now go to disk."""

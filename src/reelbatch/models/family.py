@@ -64,6 +64,7 @@ class Family(Protocol):
         flow_shift: the timestep shift where a request has none.
         parts: the networks, by the names of their folders.
         phases: the phase that each part works in.
+        also: further phases that a part works in, for the parts that have any.
         blockwise: parts that are entered by their `forward` and run through lists of blocks, so that their weights
             can come block by block.
         dtype: of the transformer's activations.
@@ -74,6 +75,7 @@ class Family(Protocol):
     flow_shift: float
     parts: Mapping[str, nn.Module]
     phases: Mapping[str, Phase]
+    also: Mapping[str, tuple[Phase, ...]]
     blockwise: frozenset[str]
 
     @property

@@ -79,6 +79,7 @@ class HunyuanVideo15:
     ) -> None:
         self.transformer, self.decoder, self.text, self.images = transformer, decoder, text, images
         self.flow_shift, self.limits, self.device = flow_shift, limits, device
+        self.also: Mapping[str, tuple[Phase, ...]] = {} if images is None else {"vae": ("text",)}  # it encodes images
         self.parts: Mapping[str, nn.Module] = {
             "transformer": transformer,
             "vae": decoder.vae,

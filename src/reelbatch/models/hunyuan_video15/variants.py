@@ -97,8 +97,8 @@ def guidance_of(guider: Mapping[str, Any]) -> float:
     name = guider.get("_class_name", "ClassifierFreeGuidance")
     if name != "ClassifierFreeGuidance":
         raise GuiderError(
-            f"is a {name}; only ClassifierFreeGuidance is run. Guiders that keep a state from step to step, or change "
-            "the transformer's layers, cannot be shared by the videos of a batch"
+            f"is of class {name}; only ClassifierFreeGuidance is run. Guiders that keep a state from step to step, or "
+            "change the transformer's layers, cannot be shared by the videos of a batch"
         )
     usual = {"guidance_rescale": 0.0, "use_original_formulation": False, "start": 0.0, "stop": 1.0}
     others = [f"{key} {guider[key]}" for key, value in usual.items() if guider.get(key, value) != value]

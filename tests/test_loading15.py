@@ -14,8 +14,10 @@ import torch
 from diffusers import HunyuanVideo15ImageToVideoPipeline
 from safetensors.torch import save_file
 from tiny15 import mixed, picture
+from typer.testing import CliRunner
 
 from reelbatch import VideoRequest
+from reelbatch.cli import app
 from reelbatch.engine.engine import Engine
 from reelbatch.loading.hashing import weights_hash
 from reelbatch.loading.hub import ModelFolderError
@@ -188,3 +190,24 @@ def test_the_class_name_leads_back_to_our_class() -> None:
     assert hunyuan_video15.HunyuanVideo15Transformer3DModel is HunyuanVideo15Transformer3DModel
     with pytest.raises(AttributeError):
         hunyuan_video15.Nothing  # noqa: B018
+
+
+def test_the_command_line_takes_images(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(picture(64, 40))
+    (tmp_path / "suite.csv").write_text("prompt,image\na red cat,a.png\na dog,\n")
+    words = ["generate", "--prompts", tmp_path / "suite.csv", "--model", folder, "--out", tmp_path / "out", "--json"]
+    result = CliRunner().invoke(app, [*map(str, words), "--steps", "1"])
+    assert result.exit_code == 0, result.output
+    cat, dog = sorted((json.loads(line)["request"] for line in result.stdout.splitlines()), key=lambda r: r["prompt"])[
+        ::-1
+    ]
+    assert (dog["height"], dog["width"]) == (32, 48)
+    assert cat["image"]["path"] == str(tmp_path / "a.png")
+    assert (cat["height"], cat["width"]) == (48, 64)
+    again = CliRunner().invoke(app, [*map(str, words), "--steps", "1"])
+    assert json.loads(again.stdout.splitlines()[0])["state"] != "failed"
+
+    result = CliRunner().invoke(app, ["plan", "--model", str(folder), "--json"])
+    assert result.exit_code == 0, result.output
+    result = CliRunner().invoke(app, ["model-info", str(folder), "--json"])
+    assert {part["class"] for part in json.loads(result.stdout)["components"]} > {"HunyuanVideo15Transformer3DModel"}

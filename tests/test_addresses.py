@@ -29,7 +29,7 @@ from reelbatch.loading.lora import save_lora
 from reelbatch.memory.alignment import align_weights, aligned
 from reelbatch.models.hunyuan_video.branch import Branch
 from reelbatch.models.hunyuan_video.transformer import HunyuanVideoTransformer3DModel
-from reelbatch.models.linear import linear, padding_of
+from reelbatch.models.linear import FewRowsLinear, linear, padding_of
 from reelbatch.repairs.repair import repair, restore
 
 
@@ -113,6 +113,32 @@ def test_a_padded_product_has_no_thread_with_few_rows_and_gives_its_own_rows(
     rests = [min(chunk, count - start) for start in range(0, count, chunk or 1)]
     assert all(rest >= 4 for rest in rests)
     assert count - rows < 4
+
+
+@pytest.mark.parametrize("features", [(64, 96), (2**15, 7)])
+def test_few_rows_are_the_same_wherever_they_lie_and_however_many(features: tuple[int, int]) -> None:
+    layer, rows = FewRowsLinear(*features), torch.randn(3, features[0])
+    expected = F.linear(rows, layer.weight, layer.bias)
+    with torch.no_grad():
+        whole = layer(rows)
+        torch.testing.assert_close(whole, expected, rtol=1e-5, atol=1e-5)
+        for offset in ODD_OFFSETS:
+            place_weights(layer, offset)
+            for i in range(3):
+                assert torch.equal(linear(layer, place(rows[i : i + 1], offset)), whole[i : i + 1])
+
+
+def test_few_rows_with_a_gradient_or_of_a_quantized_layer_are_padded() -> None:
+    layer, row, seen = FewRowsLinear(64, 64), torch.randn(1, 64), []
+    layer.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    linear(layer, row)
+    with torch.no_grad():
+        linear(layer, row)
+        quantized = nn.Sequential(copy.deepcopy(layer))
+        quantize_(quantized, Int8WeightOnlyConfig())
+        assert isinstance(quantized[0], FewRowsLinear)
+        linear(quantized[0], row)
+    assert seen == [4, 1, 4]
 
 
 def test_only_small_products_on_a_cpu_are_padded(two_threads: None) -> None:

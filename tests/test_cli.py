@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,6 +82,26 @@ def test_the_same_command_again_makes_only_what_is_missing(tiny_folder: Path, he
     assert states[first[1]["path"]] == "done"
     assert {record["frames_sha256"] for record in records(again)} == {record["frames_sha256"] for record in first}
     assert [record["state"] for record in records(call(*words, "--overwrite"))] == ["done"] * 3
+
+
+def test_a_folder_has_one_sheet_of_all_its_videos_in_one_order(tiny_folder: Path, here: Path) -> None:
+    words = ("--model", tiny_folder, "--out", "o", "--frames", 1, "--steps", 1)
+    for prompt in ("a cat", "a dog"):
+        assert call("generate", prompt, *words).exit_code == 0
+    both = (here / "o" / "contact-sheet.png").read_bytes()
+    for prompts in (("a cat",), ("a dog",), ("a dog", "a cat")):
+        assert "contact sheet: o/contact-sheet.png" in call("generate", *prompts, *words).stderr
+        assert (here / "o" / "contact-sheet.png").read_bytes() == both
+    assert "contact sheet: o/contact-sheet.png" in call("job", "report", "o").stderr
+    assert [path.name for path in (here / "o").glob("*.png")] == ["contact-sheet.png"]
+
+
+def test_a_warning_of_unknown_words_is_one_short_line(here: Path) -> None:
+    prompt = " ".join(f"word{'x' * 30}{i}" for i in range(100))
+    result = call("generate", prompt, "--lora", "none.safetensors", "--steps", 1)
+    (line,) = (line for line in result.stderr.splitlines() if line.startswith("warning"))
+    assert "and 95 more words" in line
+    assert len(line) < 300
 
 
 def test_all_faults_are_told_at_once_and_before_a_model_is_loaded(
@@ -240,12 +259,16 @@ def test_an_error_is_a_line_and_not_a_traceback(here: Path) -> None:
 
 def test_ctrl_c_before_anything_runs_is_no_error(tiny_folder: Path, here: Path) -> None:
     process = run_command("generate", "a cat", "--model", tiny_folder)
-    while not (here / "out").exists():  # made just before the model is loaded
-        time.sleep(0.02)
+    assert process.stderr is not None
+    while not process.stderr.readline().startswith("loading "):
+        assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=120)
+    if process.returncode == 130 and "goes on" not in told:  # else the little model was loaded already
+        assert told.splitlines()[-1] == "stopped before anything was begun; nothing is left behind"
+        assert "Traceback" not in told
+        assert list(here.iterdir()) == []
     assert process.returncode == 130
-    assert "Traceback" not in told
 
 
 def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(tiny_folder: Path, here: Path) -> None:
@@ -314,3 +337,35 @@ def test_times_are_said_as_people_say_them(seconds: float, said: str) -> None:
 def test_long_prompts_are_shortened() -> None:
     assert shorten("a " * 50, 10) == "a a a a a…"
     assert np.all([len(shorten("x" * n, 10)) <= 10 for n in range(30)])
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, *words: str) -> int | str | None:
+    monkeypatch.setattr("sys.argv", ["reelbatch", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return ended.value.code
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_completes_commands_and_options(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], shell: str
+) -> None:
+    monkeypatch.setenv("HOME", str(here))
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
+    assert run_main(monkeypatch, "--show-completion", shell) in (0, None)
+    script = capsys.readouterr().out
+    assert f"_REELBATCH_COMPLETE=complete_{shell}" in script
+    assert run_main(monkeypatch, "--install-completion", shell) in (0, None)
+    installed = [path.read_text(encoding="utf-8") for path in here.rglob("*") if path.is_file()]
+    assert any(script.strip() in text for text in installed)
+
+
+@pytest.mark.parametrize(("typed", "completed"), [("job st", "status"), ("generate --iso", "--isolation")])
+def test_what_is_typed_is_completed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], typed: str, completed: str
+) -> None:
+    monkeypatch.setenv("_REELBATCH_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", f"reelbatch {typed}")
+    monkeypatch.setenv("COMP_CWORD", "2")
+    run_main(monkeypatch)
+    assert capsys.readouterr().out.split() == [completed]

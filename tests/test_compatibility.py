@@ -126,9 +126,9 @@ def test_a_saved_state_goes_on_from_its_step(before: Path, engine: Engine, chang
 
 def test_a_job_of_other_settings_is_still_refused(before: Path) -> None:
     refused = str(call(*COMMANDS["job"], "--isolation", "packed").exception)
-    assert "isolation was 'exact' and is 'packed'" in refused
+    assert "isolation: exact → packed" in refused
     refused = str(call(*COMMANDS["job"], "--guidance", "3").exception)
-    assert "no longer asked for: 'a large red circle" in refused
+    assert "guidance: 6 → 3" in refused
     assert sum(row.state == "done" for row in rows()) == 2
 
 

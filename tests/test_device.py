@@ -10,7 +10,7 @@ from fake_cuda import Trace
 from typer.testing import CliRunner
 
 from reelbatch.cli import app
-from reelbatch.device import choose_device, is_out_of_memory
+from reelbatch.device import choose_device, gibibytes, is_out_of_memory
 
 
 @pytest.mark.parametrize("device", ["mps", "xpu", "meta", "vulkan", "hpu:0", "privateuseone"])
@@ -96,3 +96,18 @@ def test_what_libraries_say_when_memory_ran_out(message: str) -> None:
 )
 def test_other_failures_are_not_taken_for_it(error: Exception) -> None:
     assert not is_out_of_memory(error)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (80 * 2**30, "80.00 GiB"),
+        (2**29, "0.50 GiB"),
+        (2**20, "1.00 MiB"),
+        (300, "0.29 KiB"),
+        (0, "0 B"),
+        (-(2**20), "-1.00 MiB"),
+    ],
+)
+def test_a_size_never_shows_as_nothing(count: int, text: str) -> None:
+    assert gibibytes(count) == text

@@ -101,12 +101,12 @@ def test_the_same_job_again_makes_nothing(folder: Folder) -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"dtype": "bfloat16"}, "dtype was 'float32' and is 'bfloat16'"),
-        ({"isolation": "packed"}, "isolation was 'exact' and is 'packed'"),
-        ({"weights": "others"}, "weights was 'm' and is 'others'"),
-        ({"naming": "vbench"}, "naming was 'default' and is 'vbench'"),
-        ({"threads": 3}, "threads was 2 and is 3 (OMP_NUM_THREADS=2 makes it what it was)"),
-        ({"device": "cuda", "threads": None}, "device was 'cpu' and is 'cuda'"),
+        ({"dtype": "bfloat16"}, "dtype: float32 → bfloat16"),
+        ({"isolation": "packed"}, "isolation: exact → packed"),
+        ({"weights": "others"}, "weights: m → others"),
+        ({"naming": "vbench"}, "naming: default → vbench"),
+        ({"threads": 3}, "threads: 2 → 3 (OMP_NUM_THREADS=2 makes it what it was)"),
+        ({"device": "cuda", "threads": None}, "device: cpu → cuda"),
     ],
 )
 def test_a_job_of_other_settings_is_refused_with_what_differs(folder: Folder, change: dict, told: str) -> None:
@@ -579,7 +579,7 @@ def test_a_suite_may_be_named_after_another(tiny_folder: Path, here: Path) -> No
     assert {path.name for path in Path("o/videos").glob("*")} == {f"{name}-0.mp4" for name in names}
     assert f"{count} of {count} videos are there already" in job_run(tiny_folder, *options).stderr
     Path("names.txt").write_text("\n".join(["another", *names[1:]]))
-    assert "1 new and 1 no longer asked for" in str(job_run(tiny_folder, *options).exception)
+    assert "name: called 0 → another (1 of 4 videos)" in str(job_run(tiny_folder, *options).exception)
 
 
 def test_a_part_of_a_suite_can_be_chosen(tiny_folder: Path, here: Path) -> None:
@@ -599,7 +599,7 @@ def test_settings_that_changed_are_refused_before_a_model_is_loaded(
     assert job_run(tiny_folder).exit_code == 0
     monkeypatch.setattr("reelbatch.cli.run.open_engine", lambda *_, **__: pytest.fail("the model was loaded"))
     told = str(job_run(tiny_folder, "--isolation", "packed").exception)
-    assert "isolation was 'exact' and is 'packed'" in told
+    assert "isolation: exact → packed" in told
     assert "--as-new" in told
     assert "give one" in str(job_run(tiny_folder, "--add", "--as-new").exception)
 

@@ -149,9 +149,10 @@ def test_saved_steps_are_kept_and_let_go(manifest: Manifest) -> None:
 
 def test_a_killed_process_on_this_machine_is_seen_at_once(manifest: Manifest) -> None:
     job = manifest.add_job({}, rows(2))
+    url = manifest.url.render_as_string(hide_password=False)
     code = (
         "import os, sys, signal; from reelbatch.jobs.manifest import Manifest\n"
-        f"m = Manifest({manifest.url!r}); o = m.enlist(); m.claim(o, {job}, 2); os.kill(os.getpid(), signal.SIGKILL)"
+        f"m = Manifest({url!r}); o = m.enlist(); m.claim(o, {job}, 2); os.kill(os.getpid(), signal.SIGKILL)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == -9
     assert manifest.counts(job)[State.RUNNING] == 2
@@ -216,7 +217,7 @@ def test_a_manifest_that_is_none_is_told(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_written_may_be_looked_at(manifest: Manifest, tmp_path: Path) -> None:
-    if not manifest.url.startswith("sqlite"):
+    if manifest.url.get_backend_name() != "sqlite":
         return
     manifest.add_job({}, rows(2))
     manifest.close()
@@ -224,3 +225,31 @@ def test_a_folder_that_cannot_be_written_may_be_looked_at(manifest: Manifest, tm
     assert read_only.counts()[State.WAITING] == 2
     with pytest.raises(ManifestError, match="readonly"):
         read_only.enlist()
+
+
+@pytest.mark.parametrize("name", ["qa?1", "qa%41", "50%", "a#b", "a b&c=d", "ü:@;x", "qa?uri=true"])
+def test_a_manifest_is_in_its_folder_whatever_the_folder_is_called(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    Manifest.in_folder(folder).add_job({}, rows(1))
+    assert [path.name for path in folder.iterdir()] == [room.FILE]
+    assert list(tmp_path.iterdir()) == [folder]
+    assert len(another(Manifest.in_folder(folder, must_exist=True)).rows()) == 1
+
+
+def test_looking_for_a_manifest_creates_nothing(tmp_path: Path) -> None:
+    assert Manifest.existing(tmp_path / "none") is None
+    assert Manifest.existing(tmp_path, f"sqlite:///{tmp_path / 'other.sqlite'}") is None
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / room.FILE).touch()  # as a kill leaves it that comes before its tables
+    assert Manifest.existing(tmp_path) is None
+    Manifest.in_folder(tmp_path)
+    opened = Manifest.existing(tmp_path)
+    assert opened is not None
+    assert opened.jobs() == []
+
+
+def test_what_is_no_database_url_is_named_without_its_password() -> None:
+    with pytest.raises(ManifestError, match="is no database URL") as refused:
+        Manifest("me:secret@localhost")
+    assert "secret" not in str(refused.value)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +13,22 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from reelbatch import Engine
 from reelbatch.cli import app
 from reelbatch.device import parse_bytes
 from reelbatch.engine.calibrate import calibrate, small_videos
+from reelbatch.engine.decoder import smaller_tiles, tile_words
 from reelbatch.loading.precision import Precision
 from reelbatch.memory.calibration import SCALES, Calibration, Correction, fit, store
+from reelbatch.memory.cards import BY_SIZE, CARDS, USABLE, card
+from reelbatch.memory.placement import Offload
+from reelbatch.models.family import PHASES as PHASE_NAMES
 from reelbatch.request import ModelLimits, VideoRequest
-from reelbatch.tune.plan import LARGEST_BATCH, Setup, answer, open_model, remedies
+from reelbatch.tune.fitting import SHAPES
+from reelbatch.tune.plan import answer
+from reelbatch.tune.reliefs import Outcome, outcomes, tries
+from reelbatch.tune.remedies import remedies
+from reelbatch.tune.setup import LARGEST_BATCH, Setup, open_model
 
 MIB, GIB = 2**20, 2**30
 PHASES = ("step", "decode")
@@ -124,6 +136,7 @@ def asked(*words: object) -> dict[str, Any]:
 
 
 BIG = ("--model", "hunyuanvideo-13b", "--device", "cuda")
+"""On a machine without a GPU, only `--max-memory` says what there is."""
 
 
 def test_the_13b_without_a_folder() -> None:
@@ -150,12 +163,13 @@ def test_the_13b_without_a_folder() -> None:
 def test_every_remedy_is_one_and_the_cheapest_is_first(available: str, first: list[str]) -> None:
     words = [*BIG, "--max-memory", available]
     record = asked(*words, "--batch-size", 4)
-    assert not record["fits"]
+    assert not record["fits_as_set"]
     assert record["remedies"][0]["changes"] == first
     for remedy in record["remedies"]:
         assert remedy["peak"] <= parse_bytes(available)
         options = dict(change.split() for change in remedy["changes"])
-        assert asked(*words, *(word for option in {"--batch-size": 4, **options}.items() for word in option))["fits"]
+        set_so = (word for option in {"--batch-size": 4, **options}.items() for word in option)
+        assert asked(*words, *set_so)["fits_as_set"]
 
 
 def test_smaller_tiles_are_a_remedy_for_a_decode_that_does_not_fit() -> None:
@@ -206,7 +220,10 @@ def test_the_demo_and_a_folder_here(tiny_folder: Path) -> None:
         (("--max-memory", "lots"), "20GiB"),
         (("--height", 65), "height=65"),
         (("--device", "warp", "--max-memory", "1GiB"), "device 'warp' is unknown"),
-        (("--device", "cuda:77"), "--max-memory"),
+        (("--device", "cuda:77"), "name it with --on"),
+        (("--on", "rtx9999"), "no such card; give a size, as 24GiB, or one of rtx3060"),
+        (("--on", "h100", "--calibrate"), "measures on this machine"),
+        (("--cards", "--width", 960), "give --width, --height and --frames"),
         (("--dtype", "float64"), "float64"),
     ],
 )
@@ -219,6 +236,121 @@ def test_estimates_are_called_so_on_every_device() -> None:
     for words in (("--device", "cpu"), (*BIG, "--max-memory", "500GiB")):
         assert "These are estimates" in call(*words)[1]
     assert "not yet compared with a GPU" in asked(*BIG, "--max-memory", "500GiB")["estimates"]
+
+
+# -- cards, and what the engine does by itself -----------------------------------------------------
+
+GPU = ("--model", "hunyuanvideo-13b", "--on")
+
+
+def test_the_plan_of_the_readme_works_on_any_machine() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^reelbatch plan (.*?)(?: +#.*)?$", readme, re.MULTILINE)
+    assert lines
+    for line in lines:
+        record = asked(*shlex.split(line))
+        assert record["fits"] and record["card"] and record["dtype"] == "bfloat16"
+
+
+def test_cards_have_names_sizes_and_dtypes() -> None:
+    assert card("RTX 4090").usable < 24 * GIB and card("rtx4090").dtype == "bfloat16"
+    assert card("t4").dtype == "float16"
+    assert card("24GiB").usable == int(24 * GIB * USABLE)
+    assert all(USABLE * 0.98 < one.usable / GIB / one.nominal <= 1 for one in CARDS)
+    assert [card(name).nominal for name in BY_SIZE] == [12, 16, 24, 48, 80, 141]
+
+
+@pytest.mark.parametrize(
+    ("words", "fits", "reliefs"),
+    [
+        (("h100",), True, {}),
+        (("rtx4090",), False, {}),  # the weights alone do not fit: it is not even loaded
+        (("rtx4070", "--offload", "block"), False, {}),
+        (("rtx5090", "--offload", "component"), True, {"step": "with weights that come block by block"}),
+        (("16GiB", "--offload", "block", "--batch-size", 6), True, {"step": "in parts of 2 videos"}),
+        (
+            ("a100-40gb", "--batch-size", 2),
+            True,
+            {
+                "text": "with the other networks moved to the CPU",
+                "step": "in parts of 1 video, with the other networks moved to the CPU",
+                "decode": "with the other networks moved to the CPU",
+            },
+        ),
+    ],
+)
+def test_the_answer_is_what_the_engine_does(words: tuple[object, ...], fits: bool, reliefs: dict[str, str]) -> None:
+    record = asked(*GPU, *words)
+    assert record["fits"] == fits
+    for relief in record["reliefs"]:
+        assert relief["relief"].startswith(reliefs.pop(relief["phase"]))
+        assert relief["peak"] <= record["available"] < record["estimated"][relief["phase"]]["total"]
+        assert relief["relief"] in record["verdict"]
+    assert not reliefs
+    if fits:
+        assert "does not fit" not in " ".join(call(*GPU, *words)[1].split())
+
+
+def test_what_only_tiles_let_fit_does_not_contradict_itself(tiny_folder: Path) -> None:
+    """Tiles were proposed as the only remedy for what "does not fit", and the engine takes them by itself."""
+    words = {"height": 96, "width": 96, "frames": 9}
+    cpu = torch.device("cpu")
+    setup = Setup(open_model(str(tiny_folder), cpu), VideoRequest(prompt="-", **words), 1, Precision.parse("fp32", cpu))
+    setup = replace(setup, offload="block", request=setup.request.model_copy(update={"vae_tiling": 0}))
+    whole, tiled = (
+        replace(setup, request=setup.request.model_copy(update={"vae_tiling": side})).phase_bytes("decode")
+        for side in (0, 64)
+    )
+    assert tiled < whole
+    *_, decode = outcomes(setup, tiled, limited=False)
+    assert decode == Outcome("decode", tiled, True, "in VAE tiles of 64 pixels", exact=False)
+    *_, refused = outcomes(setup, tiled, limited=True)
+    assert refused == Outcome("decode", whole, False)
+
+
+@pytest.mark.parametrize("offload", ["none", "block"])
+def test_reliefs_are_those_of_the_engine_in_its_order(tiny_folder: Path, offload: Offload) -> None:
+    engine = Engine.from_pretrained(str(tiny_folder), device="cpu", dtype="float32", offload=offload)
+    family, placement = engine.model.family, engine.model.placement
+    cpu = torch.device("cpu")
+    request = VideoRequest(prompt="-", height=192, width=192, frames=1, vae_tiling=0)
+    setup = Setup(open_model(str(tiny_folder), cpu), request, 1, Precision.parse("fp32", cpu), offload=offload)
+    for phase in PHASE_NAMES:
+        expected = [relief.what for relief in placement.reliefs(phase)]
+        if phase == "decode":
+            expected += [tile_words(side) for side in smaller_tiles(family.tile_side(request))]
+        assert [one.relief for one in tries(setup, phase)] == [None, *expected]
+
+
+def test_with_a_limit_videos_wait_and_no_fallback_is_taken() -> None:
+    words = (*GPU, "h200", "--batch-size", 4, "--max-memory")
+    record = asked(*words, "50GiB")
+    assert record["fits"] and not record["fits_as_set"]
+    assert [(one["phase"], one["relief"]) for one in record["reliefs"]] == [
+        ("step", "with 1 at a time, while the others wait")
+    ]
+    assert record["reliefs"][0]["peak"] <= 50 * GIB
+    refused = asked(*words, "45GiB")
+    assert not refused["fits"] and not refused["reliefs"] and "of --max-memory" in refused["verdict"]
+    assert asked(*words, "400GiB")["available"] == card("h200").usable  # no more than there is
+
+
+def test_the_table_of_the_documentation_is_what_the_command_prints() -> None:
+    """One of its columns for one shape, as all of it takes a minute; the other lines must be there."""
+    text = (Path(__file__).parents[1] / "docs" / "memory.md").read_text(encoding="utf-8")
+    written = [line.strip("|").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    shape = ("--width", 1280, "--height", 720, "--frames", 129)
+    out = call("--cards", *shape, "--dtype", "bfloat16")[1]
+    assert "These are estimates" in out
+    printed = [line.strip("|").split(" | ") for line in out.splitlines() if line.startswith("|")]
+    assert printed[2:] == [[*cells[:3], f"{cells[3]} "] for cells in written if cells[1:3] == ["1280×720", "129"]]
+    assert written[0][:4] == [*printed[0][:3], "bfloat16"]
+    assert [(c[0].split()[-1].strip("()"), c[1], c[2]) for c in written[2:]] == [
+        (name, f"{width}×{height}", str(frames)) for name in BY_SIZE for width, height, frames in SHAPES
+    ]
+    rows = json.loads(call("--cards", *shape, "--dtype", "bfloat16", "--json")[1])["rows"]
+    assert [row["card"] for row in rows] == list(BY_SIZE)
+    assert [row["offload"] for row in rows] == [None, "block", "block", "component", "none", "none"]
 
 
 def test_answer_needs_no_command() -> None:

@@ -269,8 +269,8 @@ def test_runs_do_not_mix(base: dict[str, Any], tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=said):
             run(base, tmp_path, steps=2, **changes)
     assert (tmp_path / "config.yaml").read_text() == written
-    (tmp_path / "checkpoints" / "step-0000002" / "optimizer.bin").write_bytes(b"damaged")
-    with pytest.raises(CheckpointError, match="step-0000002: cannot be gone on from"):
+    (tmp_path / "checkpoints" / "step-0000002" / "optimizer.safetensors").write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match=r"step-0000002/optimizer.safetensors: cannot be read"):
         run(base, tmp_path, steps=3, resume="auto")
 
 

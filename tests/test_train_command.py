@@ -15,7 +15,7 @@ import clips
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from typer.testing import CliRunner
 
@@ -128,16 +128,18 @@ from reelbatch.train.devices import forget_precision
 import torch.distributed as group
 child = os.fork()
 os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(int(child == 0))
-end = len(sys.argv) - 1 - sys.argv[::-1].index("train")
+starts = [i for i, word in enumerate(sys.argv) if word == "train"]
+ddp, *fsdp = (sys.argv[i:j] for i, j in zip(starts, [*starts[1:], None]))
 code = 1
 try:
-    assert not reelbatch.cli.app(sys.argv[1:end], standalone_mode=False)
+    assert not reelbatch.cli.app(ddp, standalone_mode=False)
     group.destroy_process_group()
     forget_precision()
     os.environ["MASTER_PORT"] = os.environ["OTHER_PORT"]  # one may still find the first group's store
     os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     os.environ["FSDP_AUTO_WRAP_POLICY"] = "TRANSFORMER_BASED_WRAP"
-    assert not reelbatch.cli.app(sys.argv[end:], standalone_mode=False)
+    for command in fsdp:
+        assert not reelbatch.cli.app(command, standalone_mode=False)
     code = 0
 finally:
     if child:
@@ -153,11 +155,15 @@ finally:
 def test_two_processes_do_what_one_does_on_the_same_batch(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
     """DDP with a LoRA, then FSDP with all weights: as one process that accumulates two packs."""
     ways = {"ddp": ["--validation-share", "0.2"], "fsdp": ["--validation-share", "0.2", "--method", "full"]}
+    resume = ["--resume", str(tmp_path / "fsdp" / "checkpoints" / "step-0000002")]
     for name, more in ways.items():
         command = flags(tiny_folder, data, tmp_path / f"{name}-alone", "--accumulate", "2", *more)
         one = CliRunner().invoke(app, command)
         assert one.exit_code == 0, one.output
     commands = [word for name, more in ways.items() for word in flags(tiny_folder, data, tmp_path / name, *more)]
+    # FSDP again, from its checkpoint of the second step
+    commands[-1:] = [*commands[-1:], "--save-every", "2"]
+    commands += [*flags(tiny_folder, data, tmp_path / "fsdp", *ways["fsdp"]), *resume]
     # what torchrun and accelerate's launcher do, with one import for all
     with socket.socket() as one_free, socket.socket() as other_free:
         ports = []
@@ -174,7 +180,8 @@ def test_two_processes_do_what_one_does_on_the_same_batch(tiny_folder: Path, dat
         env={**os.environ, **environment},
     )
     assert two.returncode == 0, two.stderr
-    assert two.stderr.count("checkpoint: ") == 2, two.stderr  # the main process speaks for both, once a run
+    assert two.stderr.count("checkpoint: ") == 4, two.stderr  # the main process speaks for both, once a checkpoint
+    assert two.stderr.count("resumed at step 2 from") == 1
     for way in ways:
         theirs, ours = (read_metrics(tmp_path / name / "metrics.csv") for name in (way, f"{way}-alone"))
         assert len(theirs) == len(ours) == 3
@@ -187,11 +194,12 @@ def test_two_processes_do_what_one_does_on_the_same_batch(tiny_folder: Path, dat
         for name, tensor in weights[0].items():
             torch.testing.assert_close(tensor, weights[1][name], rtol=1e-4, atol=1e-5)
     # under FSDP each process held half of the numbers, and wrote them into its checkpoint
-    saved = FileSystemReader(
-        tmp_path / "fsdp" / "checkpoints" / "step-0000003" / "pytorch_model_fsdp_0"
-    ).read_metadata()
+    folder = tmp_path / "fsdp" / "checkpoints" / "step-0000003" / "sharded"
+    saved = HuggingFaceStorageReader(str(folder)).read_metadata()
     held: Counter[str] = Counter()
     for name, tensor in saved.state_dict_metadata.items():
+        if not name.startswith("network."):
+            continue
         for chunk in tensor.chunks:
             file = saved.storage_data[MetadataIndex(name, chunk.offsets)].relative_path
             held[file] += chunk.sizes.numel()

@@ -90,3 +90,7 @@ def test_a_sheet_is_replaced_only_by_one_that_shows_as_much(tmp_path: Path) -> N
     contact_sheet(files, tmp_path / "contact-sheet.png")
     assert sheet_path(files, tmp_path).name == "contact-sheet.png"
     assert sheet_path(files[:1], tmp_path).name == "contact-sheet-2.png"
+    files[1].unlink()  # what it shows and is gone keeps its place for nobody
+    assert sheet_path(files[:1], tmp_path).name == "contact-sheet.png"
+    contact_sheet([make_video()], tmp_path / "contact-sheet.png")  # of a video that is in no file
+    assert sheet_path(files[:1], tmp_path).name == "contact-sheet-2.png"

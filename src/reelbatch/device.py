@@ -17,7 +17,18 @@ import psutil
 import torch
 from platformdirs import user_cache_path
 
+from reelbatch.wording import printable
+
 log = logging.getLogger("reelbatch")
+
+
+def _without_controls(record: logging.LogRecord) -> bool:
+    """Names of files and errors may hold what a request said; a log is read in a terminal."""
+    record.msg, record.args = printable(record.getMessage()), ()
+    return True
+
+
+log.addFilter(_without_controls)
 
 _OUT_OF_MEMORY = re.compile(
     r"out[ _]of[ _]memory"  # CUDA, HIP, the driver, NVRTC_ERROR_OUT_OF_MEMORY
@@ -57,7 +68,11 @@ def free_memory(whole: bool = False) -> None:
 
 
 def gibibytes(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB"
+    """A size in GiB; one that would show as next to nothing is in the unit that shows it."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if abs(count) >= size / 10:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} B"
 
 
 def choose_device(device: torch.device | str = "auto") -> torch.device:

@@ -29,12 +29,15 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from reelbatch.image import ImageSource
+from reelbatch.wording import SHOWN_LETTERS, shown
 
 SEED_LIMIT = 2**64  # torch.Generator.manual_seed takes 64 bits
 MAX_SIDE = 16384  # what an H.264 encoder takes
+MAX_FRAMES = 100_001  # more than an hour; what a machine can hold is less
 MAX_STEPS = 1000  # the scheduler's training timesteps
 MAX_FPS = 240
 MAX_ID_LENGTH = 200
+SHOWN_UNKNOWN = 20  # fields that there are not, each with what was likely meant
 TILE_SIDES = (64, 1024)  # pixels; a quarter of a tile overlaps the next, and both are whole latents
 TILE_STRIDE = 32
 LATER_FIELDS = ("vae_tiling", "image")
@@ -234,7 +237,7 @@ class VideoRequest(BaseModel):
     seed: Annotated[int, _whole(0, SEED_LIMIT - 1)] = Field(default_factory=lambda: secrets.randbits(32))
     height: Side | None = None
     width: Side | None = None
-    frames: Annotated[int, _whole(1)] | None = None
+    frames: Annotated[int, _whole(1, MAX_FRAMES)] | None = None
     steps: Annotated[int, _whole(1, MAX_STEPS)] | None = None
     guidance: Annotated[float, _real(lambda x: x >= 0, "a number, 0 or more", "0")] | None = None
     true_cfg: Annotated[float, _real(lambda x: x >= 1, "a number, 1 (off) or more", "1")] = 1.0
@@ -248,11 +251,17 @@ class VideoRequest(BaseModel):
 
     if not TYPE_CHECKING:  # type checkers read the signature from the fields
 
-        def __init__(self, **fields: Any) -> None:
+        def __init__(self, /, **fields: Any) -> None:
+            known = {name: value for name, value in fields.items() if name in FIELDS}
+            problems: list[Problem] = []
             try:
-                super().__init__(**fields)
+                super().__init__(**known)
             except ValidationError as error:
-                raise RequestError(_problem(details) for details in error.errors()) from None
+                problems += (_problem(details) for details in error.errors())
+            except RecursionError:
+                problems.append(Problem(None, "holds a value that is nested too deeply"))
+            if problems := problems + unknown_fields(fields, FIELDS):
+                raise RequestError(problems) from None
 
     @model_serializer(mode="wrap")
     def _without_later_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -282,7 +291,9 @@ class VideoRequest(BaseModel):
     def copies(self, count: int) -> list[VideoRequest]:
         """`count` requests that differ in seed (seed, seed + 1, …, within 64 bits) and id ("<id>-0", "<id>-1", …)."""
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise RequestError([Problem("copies", f"copies={count!r} must be a whole number, 1 or more; nearest: 1")])
+            raise RequestError(
+                [Problem("copies", f"copies={shown(count)} must be a whole number, 1 or more; nearest: 1")]
+            )
         room = MAX_ID_LENGTH - len(f"-{count - 1}")
         stem = self.id if len(self.id) <= room else f"{self.id[: room - 9]}~{secrets.token_hex(4)}"
         return [
@@ -337,8 +348,21 @@ NAMES_ONLY = frozenset({"id", "tags", "name"})
 def did_you_mean(name: str, known: Iterable[str] = FIELDS) -> str:
     """The end of a message about an unknown field: the field that was likely meant, or all there are."""
     known = list(known)
-    close = difflib.get_close_matches(name.lower().replace("-", "_"), known, n=1)
+    close = difflib.get_close_matches(name[:SHOWN_LETTERS].lower().replace("-", "_"), known, n=1)
     return f"did you mean {close[0]}?" if close else f"the fields are {', '.join(known)}"
+
+
+def unknown_fields(names: Iterable[str], known: Sequence[str]) -> list[Problem]:
+    """A problem for each name that is no field; of very many, for the first ones and how many more there are."""
+    unknown = [name for name in names if name not in known]
+    problems = []
+    for name in unknown[:SHOWN_UNKNOWN]:
+        field = name.encode("utf-8", "backslashreplace").decode()
+        field = field if len(field) <= SHOWN_LETTERS else f"{field[: SHOWN_LETTERS - 3]}..."
+        problems.append(Problem(name, f"{field}: no such field; {did_you_mean(field, known)}"))
+    if more := len(unknown) - SHOWN_UNKNOWN:
+        problems += [Problem(None, f"and {more} more fields that there are not")] if more > 0 else []
+    return problems
 
 
 def _off_grid(field: str, value: int, stride: int, offset: int) -> Problem | None:
@@ -363,10 +387,7 @@ def _unknown_rule(name: str | None, limits: ModelLimits) -> Problem | None:
 def _problem(details: ErrorDetails) -> Problem:
     """pydantic's error, in words for a person."""
     field = str(details["loc"][0])
-    if details["type"] == "extra_forbidden":
-        return Problem(field, f"{field}: no such field; {did_you_mean(field)}")
     if details["type"] == "missing":
         return Problem(field, f"{field} is missing")
     reason = str(details.get("ctx", {}).get("error", details["msg"]))
-    shown = repr(details["input"])
-    return Problem(field, f"{field}={shown if len(shown) <= 60 else shown[:57] + '...'} {reason}")
+    return Problem(field, f"{field}={shown(details['input'])} {reason}")

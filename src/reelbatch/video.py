@@ -7,6 +7,7 @@ in its `comment`. The mp4 is written under another name and renamed, so what has
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -206,7 +207,9 @@ def contact_sheet(videos: Iterable[Video | str | Path], path: str | Path, *, fra
 
 
 def sheet_path(videos: Sequence[Video | str | Path], folder: Path) -> Path:
-    """Where a sheet of `videos` goes in `folder`: it replaces a sheet only if it shows all that that one shows."""
+    """Where a sheet of `videos` goes in `folder`: it replaces a sheet only if it shows all that that one shows and
+    that is still there."""
+    names = set(_shown_names(videos))
     for candidate in _candidates(folder / "contact-sheet"):
         path = candidate.with_suffix(".png")
         if not path.exists():
@@ -216,13 +219,18 @@ def sheet_path(videos: Sequence[Video | str | Path], folder: Path) -> Path:
                 shown = set(json.loads(sheet.info["Shows"]))
         except (OSError, ValueError, KeyError, TypeError):
             continue
-        if shown <= set(_shown_names(videos)):
+        if None not in shown and not any(_can_be_seen(name, folder) for name in shown - names):
             return path
     raise AssertionError("unreachable: the candidates never end")
 
 
-def _shown_names(videos: Iterable[Video | str | Path]) -> list[str]:
-    return [video.request.id if isinstance(video, Video) else Path(video).name for video in videos]
+def _can_be_seen(name: str | None, folder: Path) -> bool:
+    return name is not None and Path(name).name == name and any(folder.rglob(glob.escape(name)))
+
+
+def _shown_names(videos: Iterable[Video | str | Path]) -> list[str | None]:
+    """Names of files; None for videos that are in none."""
+    return [None if isinstance(video, Video) else Path(video).name for video in videos]
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tuning import call, profile
 
+from reelbatch.cli.options import EngineOptions
+from reelbatch.cli.run import plan_of
 from reelbatch.device import cache_folder
 from reelbatch.loading.hashing import weights_hash
 from reelbatch.loading.inspection import inspect
+from reelbatch.loading.lora import LoraError
+from reelbatch.request import VideoRequest
 from reelbatch.tune import profiles
 
 
@@ -35,6 +40,7 @@ def test_a_profile_is_kept_found_and_replaced(cache: Path, about: profiles.Ident
         ({"dtype": "bfloat16"}, "it is of bfloat16, and this is float32"),
         ({"shapes": "64×64×9"}, "it is of 64×64×9, and this is 32×32×9"),
         ({"attention": "math"}, "it is of --attention math, and this is auto"),
+        ({"loras": (("0" * 64, 1.0),)}, "it was measured with 1 LoRA, and this is with no LoRA"),
     ],
 )
 def test_a_stale_or_foreign_profile_is_refused_with_the_reason(
@@ -148,3 +154,67 @@ def test_generate_takes_the_tuned_offload_unless_told_otherwise(tiny_folder: Pat
     assert made("o4", "--offload", "block", "--batch-size", "1")[0] == {"block"}
     refused = call(*asked, "--offload", "component", "--out", "o5")
     assert "use offload 'block'" in str(refused.exception)
+
+
+# -- LoRAs -----------------------------------------------------------------------------------------
+
+
+def test_a_lora_is_part_of_the_identity_by_its_bytes_and_scale(
+    cache: Path, about: profiles.Identity, tiny_folder: Path, tmp_path: Path
+) -> None:
+    first, same, other = (tmp_path / name for name in ("a.safetensors", "b.safetensors", "c.safetensors"))
+    first.write_bytes(b"one"), same.write_bytes(b"one"), other.write_bytes(b"two")
+
+    def with_loras(*loras: tuple[Path, float]) -> profiles.Identity:
+        return profiles.identity(tiny_folder, "tiny", "32×32×9", device="cpu", dtype="float32", loras=loras)
+
+    assert with_loras() == about
+    assert "loras" not in about.model_dump_json()  # what a version before wrote, and hashed, stays
+    profiles.store(profile(about))
+    assert "it was measured with no LoRA, and this is with 1 LoRA" in profiles.find(with_loras((first, 1.0))).refused
+    profiles.store(profile(with_loras((first, 1.0), (other, 0.5)), exact_batch_size=3))
+    assert profiles.find(about).profile.exact_batch_size == 2
+    assert profiles.find(with_loras((other, 0.5), (same, 1.0))).profile.exact_batch_size == 3
+    next(path for path, kept in profiles.stored() if not kept.identity.loras).unlink()
+    for loras in (((first, 0.9), (other, 0.5)), ((first, 1.0), (first, 0.5))):
+        assert "with others, or other scales" in profiles.find(with_loras(*loras)).refused
+    with pytest.raises(LoraError, match=r"none\.safetensors: cannot be read"):
+        with_loras((tmp_path / "none.safetensors", 1.0))
+
+
+def test_a_run_with_a_lora_goes_by_no_profile_without_one(tiny_folder: Path, cache: Path, tmp_path: Path) -> None:
+    lora = tmp_path / "style.safetensors"
+    lora.write_bytes(b"weights")
+    info = inspect(tiny_folder)
+    requests = [VideoRequest(prompt=prompt, frames=5).for_model(info.limits) for prompt in ("a cat", "a dog")]
+    profiles.store(profile(profiles.identity(tiny_folder, info.name, "32×32×5", device="cpu"), exact_batch_size=3))
+    options = EngineOptions(model=str(tiny_folder), device="cpu")
+    assert plan_of(options, requests, info).config.max_batch_size == 3
+    plan = plan_of(replace(options, lora=[f"{lora}:0.8"]), requests, info)
+    assert plan.config.max_batch_size == 8
+    assert "it was measured with no LoRA, and this is with 1 LoRA; run `reelbatch tune`" in plan.advice
+    with_lora = profiles.identity(tiny_folder, info.name, "32×32×5", device="cpu", loras=[(lora, 0.8)])
+    profiles.store(profile(with_lora, exact_batch_size=4))
+    assert plan_of(replace(options, lora=[f"{lora}:0.8"]), requests, info).config.max_batch_size == 4
+    assert plan_of(options, requests, info).config.max_batch_size == 3
+
+
+# -- forgetting ------------------------------------------------------------------------------------
+
+
+def test_forget_removes_what_is_named_and_says_so(cache: Path, about: profiles.Identity, tiny_folder: Path) -> None:
+    shapes = ("32×32×9", "64×64×9", "64×64×9 cfg")
+    mine = about.model_copy(update={"model": tiny_folder.resolve().name})
+    kept = [profiles.store(profile(mine.model_copy(update={"shapes": name}))) for name in shapes]
+    foreign = profiles.store(profile(about.model_copy(update={"model": f"{mine.model}-2"})))
+    words = ("tune", "--forget", "--model", tiny_folder)
+    some = call(*words, "--shape", "64x64x9")
+    assert some.exit_code == 0
+    assert kept[0].exists() and foreign.exists() and not kept[1].exists() and not kept[2].exists()
+    assert "batch size 6, float32, 64×64×9, measured on 2026-11-01" in some.stderr and kept[1].name in some.stderr
+    kept[1].write_text("{")
+    assert set(json.loads(call(*words, "--json").stdout)) == {str(path) for path in kept[:2]}
+    assert foreign.exists() and not kept[0].exists() and not kept[1].exists()
+    assert "no profile of" in call(*words).stderr
+    with pytest.raises(ValueError, match="give one of them"):
+        raise call(*words, "--show").exception

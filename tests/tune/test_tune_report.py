@@ -68,6 +68,18 @@ def test_the_page_says_what_to_choose_and_needs_nothing_from_elsewhere(tmp_path:
     assert saved["sweeps"][0]["check"]["error"] == pytest.approx(2.0 / 2.1 - 1)
 
 
+def test_the_page_has_dark_colors_for_itself_and_its_charts(tmp_path: Path) -> None:
+    page = write(shown(), tmp_path)["html"].read_text(encoding="utf-8")
+    style, body = page.split("</style></head>")
+    light, dark = (
+        set(re.findall(r"(--[a-z-]+):", part)) for part in style.split("@media (prefers-color-scheme: dark) {")[:2]
+    )
+    used = set(re.findall(r"var\((--[a-z-]+)\)", page))
+    assert used <= light and used <= dark
+    assert {"--ink", "--card", "--line", "--exact", "--packed"} <= set(re.findall(r"var\((--[a-z-]+)\)", body))
+    assert not re.search(r"(fill|stroke): ?#", body)  # each color of a chart has one for a dark page
+
+
 def test_several_dtypes_stand_in_one_table_with_speed_against_quality(tmp_path: Path) -> None:
     half = made_up_sweep("bfloat16", 2.0)
     found = shown(made_up_sweep(), half)
@@ -96,6 +108,13 @@ def test_nothing_measured_no_choice_and_an_unquiet_machine_are_shown_as_such(tmp
     page = write(shown(nothing, interrupted=True), tmp_path)["html"].read_text(encoding="utf-8")
     assert "No batch size fits" in page
     assert "Stopped by hand" in page
+    little = replace(nothing, too_little=True, why_none="Only batch size 1 was measured. Measure more: a command")
+    page = write(shown(little), tmp_path)["html"].read_text(encoding="utf-8")
+    assert "Too little was measured to choose a batch size" in page and "Measure more: a command" in page
+    console = Console(width=100, record=True, file=open(tmp_path / "t", "w"))  # noqa: SIM115
+    console.print(report.terminal(shown(little), 100))
+    text = console.export_text()
+    assert "Too little was measured" in text and "Measure more: a command" in text
     wild = made_up_sweep(points=(replace(made_up(1), spread=Spread(3.6, 2.0, 9.0, 5)),))
     wild = replace(wild, choice=choose(wild.points))
     assert "±97%" in report.unquiet([wild])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from pathlib import Path
 
@@ -63,7 +64,8 @@ def test_a_sweep_measures_both_isolations_and_exact_is_equal_to_the_bit(model: M
 def test_growing_stops_before_the_memory_limit(model: Model, info: ModelInfo) -> None:
     found = Sweep(model, small(info), budget=1000, largest=8, memory_limit=2**20, clock=Clock()).run()
     assert {p.batch for p in found.points} == {1}
-    assert found.choice.batch == 1
+    assert found.choice is None
+    assert "Only batch size 1 was measured" in found.why_none and "give --batch-size 1" in found.why_none
     assert any(
         "stopped before 2: it would take up to" in note and "the limit is 0.00 GiB" in note for note in found.notes
     )
@@ -101,7 +103,9 @@ def test_the_budget_is_kept_and_one_alone_is_measured_whatever_it_is(model: Mode
     assert all(0 <= update.left <= 12 for update in told if update.at_most)
     late = Sweep(model, small(info), budget=1, clock=Clock(10.0)).run()
     assert [p.batch for p in late.points] == [1]
-    assert late.choice.why.startswith("no larger batch was measured")
+    assert late.choice is None and late.too_little
+    assert "Only batch size 1 was measured, which says nothing of other sizes" in late.why_none
+    assert re.search(r"reelbatch tune --budget \d+m$", late.why_none)
 
 
 def test_on_the_cpu_the_writing_of_files_is_part_of_what_a_video_takes(
@@ -130,7 +134,7 @@ def test_what_was_measured_is_kept_when_a_person_stops(model: Model, info: Model
     found = Sweep(model, small(info), budget=1000, on_update=tell, stopping=lambda: stop, clock=Clock()).run()
     assert found.interrupted
     assert {(p.isolation, p.batch) for p in found.points} == {("exact", 1), ("exact", 2), ("packed", 2)}
-    assert found.choice is not None
+    assert "measured only" in found.why_none  # two repeats have no spread
     with pytest.raises(Stopped):
         observe(model, small(info).take(1), "exact", 1, stopping=lambda: True)
 

@@ -198,7 +198,10 @@ def check_backend(named: str) -> None:
 
 def attend_one(query: Heads, key: Heads, value: Heads, mask: Mask, backend: str) -> Heads:
     """One sample's attention."""
-    chosen = choose(Setting.of(query, key, value, mask), backend).backend
+    return _attend_one(query, key, value, mask, choose(Setting.of(query, key, value, mask), backend).backend)
+
+
+def _attend_one(query: Heads, key: Heads, value: Heads, mask: Mask, chosen: Backend) -> Heads:
     if not query.shape[2] or not key.shape[2]:  # fused kernels refuse no tokens; sums over none are zeros
         return query @ key.mT @ value
     return chosen.attend(query, key, value, mask)
@@ -208,8 +211,9 @@ def attend(
     query: Rows, key: Rows, value: Rows, lengths: Lengths, masks: Sequence[Mask] | None, backend: str
 ) -> Float[Tensor, "tokens heads*head_dim"]:
     """Attention of each sample over its own rows; `masks` has one a sample, or is None if nobody has one."""
+    setting = Setting.of(query, key, value, None, len(lengths))
     if masks is None or all(mask is None for mask in masks):
-        chosen = choose(Setting.of(query, key, value, None, len(lengths)), backend).backend
+        chosen = choose(setting, backend).backend
         if chosen.attend_all is not None:
             return chosen.attend_all(query, key, value, lengths).flatten(1)
         masks = (None,) * len(lengths)
@@ -218,5 +222,7 @@ def attend(
     for parts, mask in zip(samples, masks, strict=True):
         # [n, heads, dim] -> [1, heads, n, dim], the layout that PyTorch's kernels take, by strides alone
         q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in parts)
-        out.append(attend_one(q, k, v, mask, backend).squeeze(0).transpose(0, 1).flatten(1))
+        one = setting._replace(samples=1) if mask is None else Setting.of(q, k, v, mask)
+        attended = _attend_one(q, k, v, mask, choose(one, backend).backend)
+        out.append(attended.squeeze(0).transpose(0, 1).flatten(1))
     return ragged.join(out)

@@ -16,7 +16,7 @@ def main() -> None:
     """Runs the command line; every error is a line for the person, or a traceback with REELBATCH_DEBUG=1."""
     signal.signal(signal.SIGINT, lambda *_: sys.exit(INTERRUPTED))  # where a command does not stop by itself
     try:
-        app()
+        app(prog_name="reelbatch")
     except Exception as error:
         if os.environ.get("REELBATCH_DEBUG"):
             raise

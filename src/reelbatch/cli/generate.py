@@ -8,9 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from reelbatch.cli.common import OUTPUT, app, check_writable, warnings_as_lines
+from reelbatch.cli.common import OUTPUT, app, nothing_begun, warnings_as_lines
 from reelbatch.cli.options import EngineOptions, RequestOptions, with_options
-from reelbatch.cli.run import make, plan_of, warn
+from reelbatch.cli.run import JobSpec, make, plan_of, ready, warn
+from reelbatch.cli.seeds import choose_seed
 
 
 @app.command()
@@ -49,19 +50,21 @@ def generate(
     Videos that are there already, of the same request and model, are kept: the same command again makes what is
     missing, and goes on with what Ctrl-C stopped. For whole prompt suites, see `reelbatch job`.
     """
-    from reelbatch.jobs.manifest import Manifest
-    from reelbatch.jobs.prompts import make_requests
-    from reelbatch.loading.hub import resolve
-    from reelbatch.loading.inspection import inspect
+    with warnings_as_lines(), nothing_begun():
+        from reelbatch.jobs.prompts import make_requests
+        from reelbatch.loading.hub import resolve
+        from reelbatch.loading.inspection import inspect
 
-    info = inspect(resolve(options.model))
-    entries = _entries(prompts or [], prompt_file)
-    requests = make_requests(entries, asked.request_fields, first_seed=asked.seed, limits=info.limits)
-    warn(requests, info)
-    plan = plan_of(options, requests, info)
-    check_writable(out)
+        info = inspect(resolve(options.model))
+        entries = _entries(prompts or [], prompt_file)
+        seed, drawn = choose_seed(asked.seed, out)
+        requests = make_requests(entries, asked.request_fields, first_seed=seed, limits=info.limits)
+        plan = plan_of(options, requests, info)
+        spec = JobSpec(plan, out, overwrite=overwrite, random_seed=seed if drawn else None)
+        warn(requests, info)
+        engine = ready(spec)
     with warnings_as_lines():
-        code = make(plan, Manifest.in_folder(out), out, mode="add", overwrite=overwrite, as_json=as_json)
+        code = make(spec, engine, as_json=as_json)
     raise typer.Exit(code)
 
 

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import shutil
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
 from rich.live import Live
 
-from reelbatch.cli.common import OUTPUT, SOME_FAILED, app, check_writable, console, say, warnings_as_lines
+from reelbatch.cli.common import (
+    OUTPUT,
+    SOME_FAILED,
+    SafeConsole,
+    app,
+    check_writable,
+    console,
+    nothing_begun,
+    say,
+    warnings_as_lines,
+)
 from reelbatch.cli.job_views import show_outlook, status_record, status_table
 from reelbatch.cli.options import EngineOptions, RequestOptions, with_options
-from reelbatch.cli.run import Plan, make, measured, plan_of, warn
+from reelbatch.cli.run import JobSpec, draw_sheet, make, outlook, plan_of, ready, warn
+from reelbatch.cli.seeds import choose_seed, stored_seed
 
 if TYPE_CHECKING:
     from reelbatch.jobs.job import Mode
-    from reelbatch.jobs.manifest import Manifest, VideoRow
-    from reelbatch.jobs.outlook import Outlook
+    from reelbatch.jobs.manifest import Manifest
 
 SELECTION = "Which of them"
 WATCH_SECONDS = 2.0
@@ -35,7 +41,17 @@ job = typer.Typer(
 )
 app.add_typer(job, name="job")
 
+OUT = Path("out")
 Out = Annotated[Path, typer.Option(help="Folder of the videos and of the manifest.", rich_help_panel=OUTPUT)]
+Folder = Annotated[Path | None, typer.Argument(help="Folder of the job, as --out names it.", show_default=False)]
+Ids = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="Ids of videos, as `job export` lists them. The job's folder may stand before them.",
+        metavar="[FOLDER] [ID]...",
+        show_default=False,
+    ),
+]
 Url = Annotated[
     str | None,
     typer.Option(
@@ -65,7 +81,7 @@ def run(
         bool, typer.Option("--shuffle", help="In a random order, the same each time.", rich_help_panel=SELECTION)
     ] = False,
     options: EngineOptions,
-    out: Out = Path("out"),
+    out: Out = OUT,
     manifest: Url = None,
     naming: Annotated[
         Literal["default", "vbench"],
@@ -106,56 +122,68 @@ def run(
     several machines that see the folder, it shares the work. Ctrl-C saves the running videos' state and stops; a
     second one stops at once. `job status`, in another terminal, shows how far it is.
     """
-    from reelbatch.jobs.manifest import Manifest
-    from reelbatch.jobs.naming import vbench_problems
-    from reelbatch.jobs.prompts import make_requests, named_after, only_those, read_entries, shuffled
-    from reelbatch.loading.hub import resolve
-    from reelbatch.loading.inspection import inspect
-
     if add and as_new:
         raise ValueError("--add and --as-new were given; --add keeps what is there, --as-new does not: give one")
-    info = inspect(resolve(options.model))
-    entries = read_entries(prompts)
-    if names_from is not None:
-        entries = named_after(entries, names_from)
-    requests = make_requests(entries, asked.request_fields, first_seed=asked.seed, limits=info.limits)
-    requests = only_those(requests, only or [])
-    requests = (shuffled(requests, asked.seed) if shuffle else requests)[:limit]
-    if not requests:
-        raise ValueError(f"--only {' --only '.join(only or [])} leaves none of the prompts in {prompts}")
-    warn(requests, info)
-    if naming == "vbench":
-        for problem in vbench_problems(requests):
-            say(f"warning: {problem}", style="yellow")
-    plan = plan_of(options, requests, info)
-    if dry_run:
-        if plan.advice:
-            say(plan.advice)
-        show_outlook(_outlook(plan, out, manifest), as_json)
-        return
-    check_writable(out)
     mode: Mode = "add" if add else "new" if as_new else "resume"
+    with warnings_as_lines(), nothing_begun():
+        from reelbatch.jobs.job import JobChanged
+        from reelbatch.jobs.naming import vbench_problems
+        from reelbatch.jobs.prompts import make_requests, named_after, only_those, read_entries, shuffled
+        from reelbatch.loading.hub import resolve
+        from reelbatch.loading.inspection import inspect
+
+        info = inspect(resolve(options.model))
+        entries = read_entries(prompts)
+        if names_from is not None:
+            entries = named_after(entries, names_from)
+
+        def spec_of(seed: int) -> JobSpec:
+            requests = make_requests(entries, asked.request_fields, first_seed=seed, limits=info.limits)
+            requests = only_those(requests, only or [])
+            requests = (shuffled(requests, seed) if shuffle else requests)[:limit]
+            if not requests:
+                raise ValueError(f"--only {' --only '.join(only or [])} leaves none of the prompts in {prompts}")
+            plan = plan_of(options, requests, info)
+            return JobSpec(plan, out, manifest, mode, naming, random_seed=seed if drawn else None)
+
+        seed, drawn = choose_seed(asked.seed, out, manifest, mode)
+        spec = spec_of(seed)
+        warn(spec.plan.requests, info)
+        if naming == "vbench":
+            for problem in vbench_problems(spec.plan.requests):
+                say(f"warning: {problem}", style="yellow")
+        if dry_run:
+            show_outlook(outlook(spec), as_json)
+            return
+        engine = ready(spec)
     with warnings_as_lines():
-        code = make(plan, Manifest.in_folder(out, manifest), out, mode=mode, naming=naming, as_json=as_json)
+        try:
+            code = make(spec, engine, as_json=as_json)
+        except JobChanged:
+            other = stored_seed(out, manifest, mode) if drawn else None
+            if other is None or other == seed:
+                raise
+            code = make(spec_of(other), engine, as_json=as_json)  # another run that began at once drew it first
     raise typer.Exit(code)
 
 
 @job.command()
 def status(
-    out: Out = Path("out"),
+    folder: Folder = None,
+    out: Out = OUT,
     manifest: Url = None,
     watch: Annotated[bool, typer.Option("--watch", help="Show it anew every 2 seconds, until Ctrl-C.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show how far a job is, how fast, and what failed."""
-    opened = _open(out, manifest)
+    opened = _open(_one_of(folder, out), manifest)
     if as_json:
         typer.echo(json.dumps(status_record(opened)))
         return
     if not watch:
-        Console().print(status_table(opened))
+        SafeConsole().print(status_table(opened))
         return
-    with Live(status_table(opened), auto_refresh=False) as live:
+    with Live(status_table(opened), console=SafeConsole(), auto_refresh=False) as live:
         while True:
             live.update(status_table(opened), refresh=True)
             time.sleep(WATCH_SECONDS)
@@ -163,44 +191,53 @@ def status(
 
 @job.command()
 def retry(
-    ids: Annotated[list[str] | None, typer.Argument(help="Ids of videos, as `job export` lists them.")] = None,
+    ids: Ids = None,
     failed: Annotated[bool, typer.Option("--failed", help="All that failed.")] = False,
     cancelled: Annotated[bool, typer.Option("--cancelled", help="All that were cancelled.")] = False,
-    out: Out = Path("out"),
+    out: Out = OUT,
     manifest: Url = None,
 ) -> None:
     """Put videos that failed or were cancelled back in line; the next `job run` makes them."""
     from reelbatch.jobs.manifest import State
 
-    if not (ids or failed or cancelled):
+    out, named = _folder_first(ids or [], out)
+    if not (named or failed or cancelled):
         raise ValueError("nothing was named: give ids, --failed or --cancelled")
-    wanted = {State.FAILED: failed or bool(ids), State.CANCELLED: cancelled or bool(ids)}
+    wanted = {State.FAILED: failed or bool(named), State.CANCELLED: cancelled or bool(named)}
     opened = _open(out, manifest)
-    _refuse_unknown(opened, ids or [])
-    moved = opened.retry([state for state, chosen in wanted.items() if chosen], ids)
-    say(f"{len(moved)} videos are in line again; the command that made the job makes them")
+    _refuse_unknown(opened, named)
+    states = [state for state, chosen in wanted.items() if chosen]
+    moved = opened.retry(states, named or None)
+    if moved:
+        say(f"{len(moved)} videos are in line again; the command that made the job makes them")
+    else:
+        say(f"nothing to do: {'none of these videos' if named else 'no video of this job'} {' or '.join(states)}")
 
 
 @job.command()
 def cancel(
-    ids: Annotated[list[str], typer.Argument(help="Ids of videos, as `job export` lists them.")],
-    out: Out = Path("out"),
+    ids: Ids = None,
+    out: Out = OUT,
     manifest: Url = None,
 ) -> None:
     """Cancel videos that are not made yet; one that runs is dropped within seconds, and the others go on."""
+    out, named = _folder_first(ids or [], out)
+    if not named:
+        raise ValueError("nothing was named: give the ids of videos, as `job export` lists them")
     opened = _open(out, manifest)
-    _refuse_unknown(opened, ids)
-    moved = opened.cancel(ids)
-    for id in ids:
+    _refuse_unknown(opened, named)
+    moved = opened.cancel(named)
+    for id in named:
         if id not in moved:
             say(f"{id} is not cancelled: it had ended already", style="yellow")
     say(f"{len(moved)} videos are cancelled")
-    raise typer.Exit(0 if len(moved) == len(ids) else SOME_FAILED)
+    raise typer.Exit(0 if len(moved) == len(named) else SOME_FAILED)
 
 
 @job.command()
 def verify(
-    out: Out = Path("out"),
+    folder: Folder = None,
+    out: Out = OUT,
     manifest: Url = None,
     again: Annotated[
         bool, typer.Option("--make-again", help="Put what is wrong back in line; damaged files are set aside.")
@@ -214,6 +251,7 @@ def verify(
     from reelbatch.jobs.verify import make_again
     from reelbatch.jobs.verify import verify as check
 
+    out = _one_of(folder, out)
     opened = _open(out, manifest)
     total = opened.counts()[State.DONE]
     wrong = []
@@ -233,29 +271,56 @@ def verify(
 
 
 @job.command()
+def report(folder: Folder = None, out: Out = OUT, manifest: Url = None) -> None:
+    """Draw the report and the contact sheet anew, also while the job runs."""
+    from reelbatch.jobs.report import write_report
+
+    out = _one_of(folder, out)
+    opened = _open(out, manifest)
+    check_writable(out, "report")
+    rows = opened.rows()
+    say(f"report: {write_report(out, opened.jobs(), rows)}{draw_sheet(out, rows)}")
+
+
+@job.command()
 def export(
-    to: Annotated[Path | None, typer.Argument(help="A .csv or .jsonl file; without it, JSONL is printed.")] = None,
-    out: Out = Path("out"),
+    paths: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="A .csv or .jsonl file to write; without it, JSONL is printed. The job's folder may stand before it.",
+            metavar="[FOLDER] [FILE]",
+        ),
+    ] = None,
+    out: Out = OUT,
     manifest: Url = None,
 ) -> None:
     """Write all rows of the manifest to a file, for a spreadsheet or a script."""
-    if to is not None and to.suffix not in (".csv", ".jsonl"):
-        raise ValueError(f"{to}: name a .csv or a .jsonl file")
-    records = [row.record() for row in _open(out, manifest).rows()]
-    if to is not None and to.suffix == ".csv":
-        with to.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.writer(stream)
-            writer.writerow(records[0] if records else [])
-            writer.writerows([_cell(value) for value in record.values()] for record in records)
-    else:
-        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        sys.stdout.write(text) if to is None else to.write_text(text, encoding="utf-8")
+    from reelbatch.jobs.export import write_rows
+
+    given = list(paths or [])
+    to = given.pop() if given and given[-1].suffix in (".csv", ".jsonl") else None
+    if len(given) > 1 or (given and not given[0].is_dir()):
+        raise ValueError(f"{given[-1]}: name a .csv or a .jsonl file, and before it the folder of a job")
+    rows = _open(_one_of(given[0] if given else None, out), manifest).rows()
+    write_rows(rows, to)
     if to is not None:
-        say(f"{len(records)} rows in {to}")
+        say(f"{len(rows)} rows in {to}")
 
 
-def _cell(value: Any) -> Any:
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else value
+def _one_of(folder: Path | None, out: Path) -> Path:
+    """The folder of a job, given as an argument or by --out."""
+    if folder is None:
+        return out
+    if out != OUT:
+        raise ValueError(f"two folders were given, {folder} and --out {out}; give one")
+    return folder
+
+
+def _folder_first(ids: Sequence[str], out: Path) -> tuple[Path, list[str]]:
+    """The folder of a job, which may stand before ids of videos, and the ids."""
+    if ids and Path(ids[0]).is_dir():
+        return _one_of(Path(ids[0]), out), list(ids[1:])
+    return out, list(ids)
 
 
 def _open(out: Path, url: str | None) -> Manifest:
@@ -268,16 +333,3 @@ def _refuse_unknown(manifest: Manifest, ids: Sequence[str]) -> None:
     unknown = [id for id in ids if manifest.row(id) is None]
     if unknown:
         raise ValueError(f"no video has the id {', '.join(unknown)}; `reelbatch job export` lists all of them")
-
-
-def _outlook(plan: Plan, out: Path, url: str | None) -> Outlook:
-    from reelbatch.jobs.job import settings_of
-    from reelbatch.jobs.manifest import FILE, Manifest
-    from reelbatch.jobs.outlook import look_ahead
-
-    rows: list[VideoRow] = []
-    if url is not None or (out / FILE).exists():
-        rows = Manifest.in_folder(out, url, must_exist=True).rows()
-    free = shutil.disk_usage(next(folder for folder in (out, *out.resolve().parents) if folder.exists())).free
-    settings = settings_of(plan.config, plan.info, "default")
-    return look_ahead(plan.requests, settings, rows, plan.config.max_batch_size, measured(plan), free)

@@ -7,10 +7,11 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from reelbatch.cli.common import SafeConsole
 from reelbatch.wording import duration
 
 if TYPE_CHECKING:
@@ -22,12 +23,19 @@ SHOWN_ERRORS = 10
 
 def status_record(manifest: Manifest) -> dict[str, Any]:
     """As `job status --json` gives it."""
-    from reelbatch.jobs.manifest import State
+    from reelbatch.jobs.manifest import OPEN, State
     from reelbatch.jobs.outlook import pace
 
     rows = manifest.rows()
     now = pace(rows)
     counts = manifest.counts()
+    saved = {
+        str(state): {
+            "done": sum(row.step for row in rows if row.state == state),
+            "of": sum(row.to_request().steps or 0 for row in rows if row.state == state),
+        }
+        for state in OPEN
+    }
     failed = [
         {"id": row.id, "prompt": row.prompt, "seed": row.seed, "attempts": row.attempts, "error": row.error}
         for row in rows
@@ -38,6 +46,7 @@ def status_record(manifest: Manifest) -> dict[str, Any]:
         **{str(state): count for state, count in counts.items()},
         "videos_per_hour": now.videos_per_hour,
         "seconds_left": now.seconds_left,
+        "saved_steps": saved,
         "failures": failed,
     }
 
@@ -48,7 +57,9 @@ def status_table(manifest: Manifest) -> Group:
     table = Table("state", "videos", "", box=None, padding=(0, 2, 0, 0))
     for state in ("done", "running", "waiting", "failed", "cancelled"):
         share = status[state] / status["videos"] if status["videos"] else 0
-        table.add_row(state, f"{status[state]:,}", "█" * round(40 * share))
+        steps = status["saved_steps"].get(state, {"done": 0})
+        note = f", {steps['done']:,} of {steps['of']:,} steps done" if steps["done"] else ""
+        table.add_row(f"{state}{note}", f"{status[state]:,}", "█" * round(40 * share))
     rate, left = status["videos_per_hour"], status["seconds_left"]
     pace = "" if rate is None else f"{rate:,.0f} videos an hour"
     if left:
@@ -66,7 +77,7 @@ def show_outlook(outlook: Outlook, as_json: bool) -> None:
     table = Table("videos", "size", "frames", "steps", "branches", box=None, padding=(0, 2, 0, 0))
     for kind, count in outlook.kinds.items():
         table.add_row(f"{count:,}", f"{kind.width}×{kind.height}", *map(str, (kind.frames, kind.steps, kind.branches)))
-    answer = Console()
+    answer = SafeConsole()
     answer.print(table)
     there = f" ({outlook.kept:,} of them are made already)" if outlook.kept else ""
     time_ = f"about {duration(outlook.seconds)}" if outlook.seconds is not None else "unknown"

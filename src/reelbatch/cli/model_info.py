@@ -6,9 +6,8 @@ import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
-from reelbatch.cli.common import SOME_FAILED, app
+from reelbatch.cli.common import SOME_FAILED, SafeConsole, app
 
 if TYPE_CHECKING:
     from reelbatch.loading.inspection import ModelInfo
@@ -52,7 +51,7 @@ def doctor(
 def _show_machine(report: dict[str, Any]) -> None:
     from rich.table import Table
 
-    answer = Console()
+    answer = SafeConsole()
     for name, value in report["machine"].items():
         answer.print(f"{name:<14} {value}", highlight=False, markup=False, soft_wrap=True)
     chosen = Table("attention with", "kernel", "why", title=f"chosen on {report['device']} in {report['dtype']}")
@@ -100,7 +99,7 @@ def _show_info(info: ModelInfo, device: str, dtype: str) -> None:
         stored = ", ".join(f"{size / 2**20:.1f} MiB {kind}" for kind, size in component.stored_bytes)
         count = f"{component.parameters:,}" if component.parameters else ""
         table.add_row(component.name, component.class_name, count, stored)
-    answer = Console()
+    answer = SafeConsole()
     answer.print(table)
     if info.profile.about:
         answer.print(info.profile.about, markup=False)

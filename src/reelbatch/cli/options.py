@@ -32,6 +32,12 @@ Dtype = Annotated[
 AttentionOption = Annotated[
     str, typer.Option(help="Attention kernel: auto, or a name that `doctor` shows.", rich_help_panel=ENGINE)
 ]
+LoraOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A LoRA file, as style.safetensors or style.safetensors:0.8; may be repeated.", rich_help_panel=ENGINE
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -57,8 +63,13 @@ class RequestOptions:
         ),
     ] = None
     seed: Annotated[
-        int, typer.Option(help="Of the first video of a prompt; further ones count on.", rich_help_panel=REQUEST)
-    ] = 0
+        str,
+        typer.Option(
+            help="Of the first video of a prompt; further ones count on. random: drawn once, and kept by the job.",
+            metavar="INTEGER|random",
+            rich_help_panel=REQUEST,
+        ),
+    ] = "0"
     height: Annotated[int | None, typer.Option(help="Pixels.", rich_help_panel=REQUEST)] = None
     width: Annotated[int | None, typer.Option(help="Pixels.", rich_help_panel=REQUEST)] = None
     frames: Annotated[int | None, typer.Option(help="4k + 1: 1, 5, 9, …", rich_help_panel=REQUEST)] = None
@@ -131,12 +142,7 @@ class EngineOptions:
         str | None,
         typer.Option(help="Memory that the run may hold, as 20GiB; videos wait for it.", rich_help_panel=ENGINE),
     ] = None
-    lora: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A LoRA file, as style.safetensors or style.safetensors:0.8; may be repeated.", rich_help_panel=ENGINE
-        ),
-    ] = None
+    lora: LoraOption = None
     offload: Annotated[
         Literal["none", "component", "block"] | None,
         typer.Option(

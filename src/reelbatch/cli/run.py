@@ -5,31 +5,42 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from shutil import disk_usage
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from reelbatch.cli.common import INTERRUPTED, SOME_FAILED, console, interruptible, quiet_libraries, say
+from reelbatch.cli.common import (
+    INTERRUPTED,
+    SOME_FAILED,
+    check_writable,
+    console,
+    interruptible,
+    quiet_libraries,
+    say,
+)
+from reelbatch.wording import shorten
 
 if TYPE_CHECKING:
     from reelbatch.cli.options import EngineOptions
     from reelbatch.engine.config import EngineConfig
     from reelbatch.engine.engine import Engine
-    from reelbatch.jobs.job import Job, Mode
-    from reelbatch.jobs.manifest import Manifest
+    from reelbatch.jobs.job import Job, Mode, Settings
+    from reelbatch.jobs.manifest import Manifest, VideoRow
     from reelbatch.jobs.naming import Naming
-    from reelbatch.jobs.outlook import Measured
+    from reelbatch.jobs.outlook import Measured, Outlook
     from reelbatch.jobs.worker import Outcome
     from reelbatch.loading.inspection import ModelInfo
     from reelbatch.memory.identity import Identity
     from reelbatch.request import VideoRequest
 
-WORDS_SHOWN = 20
+WORDS_SHOWN, WORD_LETTERS = 5, 20
 SHEET_ROWS = 200
-"""Videos up to which a run draws a contact sheet; more are for the report."""
+"""Videos in a folder up to which a run draws a contact sheet; more are for the report."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +94,15 @@ def _identities(config: EngineConfig, info: ModelInfo, requests: Sequence[VideoR
     from reelbatch.loading.identity import identity
     from reelbatch.tune.workload import shape_class, shape_of
 
-    about = identity(info.folder, info.name, "", device=config.device, dtype=config.dtype, attention=config.attention)
+    about = identity(
+        info.folder,
+        info.name,
+        "",
+        device=config.device,
+        dtype=config.dtype,
+        attention=config.attention,
+        loras=config.loras,
+    )
     kinds = [shape_class(requests), *sorted({shape_of(request) for request in requests})]
     return [about.model_copy(update={"shapes": kind}) for kind in kinds]
 
@@ -96,69 +115,158 @@ def open_engine(config: EngineConfig) -> Engine:
     return Engine.open(config)
 
 
-def make(
-    plan: Plan,
-    manifest: Manifest,
-    out: Path,
-    *,
-    mode: Mode,
-    naming: Naming = "default",
-    overwrite: bool = False,
-    as_json: bool = False,
-) -> int:
-    """Makes what is missing, says how each request ended, draws report and contact sheet; returns the exit code.
+@dataclass(frozen=True)
+class JobSpec:
+    """What is to be made where.
+
+    Attributes:
+        url: of the manifest, if it is not in the folder.
+        random_seed: the first seed, where it was drawn; kept with the job, so that a later run has the same.
+    """
+
+    plan: Plan
+    out: Path
+    url: str | None = None
+    mode: Mode = "add"
+    naming: Naming = "default"
+    overwrite: bool = False
+    random_seed: int | None = None
+
+    @cached_property
+    def settings(self) -> Settings:
+        from reelbatch.jobs.job import settings_of
+
+        return settings_of(self.plan.config, self.plan.info, self.naming)
+
+
+def foresee(spec: JobSpec) -> Job:
+    """The job as it will be opened. Refuses all that can be refused without a model; writes nothing.
 
     Raises:
-        JobChanged: if another job is in the folder, before anything is loaded.
+        JobChanged: if another job is in the folder.
+        OSError: if the folder cannot be written to, or the manifest cannot be used.
+        ValueError: for what the engine cannot be opened with.
     """
-    from reelbatch.jobs.display import display
-    from reelbatch.jobs.job import open_job, settings_of
-    from reelbatch.jobs.report import write_report
-    from reelbatch.jobs.worker import Worker
+    from reelbatch.jobs.job import forecast
+    from reelbatch.jobs.manifest import Manifest
+    from reelbatch.loading.load import check
 
-    settings = settings_of(plan.config, plan.info, naming)
-    notes = {"command": sys.argv[1:]}
-    job = open_job(manifest, out, plan.requests, settings, mode=mode, overwrite=overwrite, notes=notes)
-    for line in _earlier(job):
-        say(line)
-    failed = 0
-    interrupted: list[int] = []
+    check_writable(spec.out)
+    plan, there = spec.plan, Manifest.existing(spec.out, spec.url)
+    how: dict[str, Any] = {"mode": spec.mode, "overwrite": spec.overwrite}
+    job = forecast(there, spec.out, plan.requests, spec.settings, **how)
     if job.open:
-        if plan.advice:
-            say(plan.advice)
-        engine = open_engine(plan.config)
-        if engine.calibration is not None:
-            say(f"--max-memory: estimates of steps and decodes are {engine.calibration.line}")
-        with interruptible() as interrupted, display([row.to_request() for row in job.open], console) as shown:
-            engine.subscribe(shown.event)
-            worker = Worker(
-                engine,
-                manifest,
-                job.number,
-                out,
-                weights=settings.weights,
-                overwrite=overwrite,
-                sidecars=naming != "vbench",
-                checkpoint_every=plan.checkpoint_every,
-                stopping=lambda: bool(interrupted),
-            )
-            for outcome in worker.outcomes():
-                shown.outcome(outcome)
+        config = plan.config
+        quiet_libraries()
+        check(plan.info.folder, config.device, config.dtype, config.offload, config.loras)
+    return job
+
+
+def outlook(spec: JobSpec) -> Outlook:
+    """What a run will say and take, refusals included; nothing is loaded but what is checked."""
+    from reelbatch.jobs.manifest import Manifest
+    from reelbatch.jobs.outlook import look_ahead
+
+    job = foresee(spec)
+    for line in earlier(job):
+        say(line)
+    if job.open and spec.plan.advice:
+        say(spec.plan.advice)
+    there = Manifest.existing(spec.out, spec.url)
+    rows = there.rows() if there else []
+    free = disk_usage(next(folder for folder in (spec.out, *spec.out.resolve().parents) if folder.exists())).free
+    return look_ahead(job, rows, spec.plan.config.max_batch_size, measured(spec.plan), free)
+
+
+def ready(spec: JobSpec) -> Engine | None:
+    """The engine that makes what is missing; None where nothing is. Writes nothing.
+
+    Raises:
+        Exception: as `foresee`, and whatever keeps the model from being loaded.
+    """
+    if not foresee(spec).open:
+        return None
+    if spec.plan.advice:
+        say(spec.plan.advice)
+    say(f"loading {spec.plan.info.name}")
+    return open_engine(spec.plan.config)
+
+
+def make(spec: JobSpec, engine: Engine | None, *, as_json: bool = False) -> int:
+    """Makes what is missing, says how each request ended, draws report and contact sheet; returns the exit code.
+
+    Args:
+        engine: as `ready` gave it. This is the first that writes anything.
+    """
+    notes: dict[str, Any] = {"command": sys.argv[1:]}
+    if spec.random_seed is not None:
+        notes["random_seed"] = spec.random_seed
+    failed = 0
+    with interruptible() as interrupted:
+        from reelbatch.jobs.job import open_job
+        from reelbatch.jobs.manifest import Manifest
+        from reelbatch.jobs.report import write_report
+
+        out = spec.out
+        out.mkdir(parents=True, exist_ok=True)
+        manifest = Manifest.in_folder(out, spec.url)
+        job = open_job(
+            manifest,
+            out,
+            spec.plan.requests,
+            spec.settings,
+            mode=spec.mode,
+            overwrite=spec.overwrite,
+            notes=notes,
+        )
+        for line in earlier(job):
+            say(line)
+        if job.open:
+            engine = engine or open_engine(spec.plan.config)  # None where a file went away meanwhile
+            for outcome in _outcomes(spec, engine, manifest, job, lambda: bool(interrupted)):
                 failed += outcome.error is not None
                 if as_json:
                     typer.echo(json.dumps(_outcome_record(outcome), default=str))
     if as_json:
         for row in job.kept:
             typer.echo(json.dumps(_kept_record(out / row.file), default=str))
-    report = write_report(out, manifest.jobs(), manifest.rows())
+    rows = manifest.rows()
+    report = write_report(out, manifest.jobs(), rows)
     if interrupted:
         say(f"stopped; the same command goes on where it stopped; report: {report}")
         return INTERRUPTED
-    say(_summary(job, out, report))
+    say(_summary(job, out, report) + draw_sheet(out, rows))
     return SOME_FAILED if failed or any(row.state == "failed" for row in manifest.rows(job.number)) else 0
 
 
-def _earlier(job: Job) -> Iterator[str]:
+def _outcomes(
+    spec: JobSpec, engine: Engine, manifest: Manifest, job: Job, stopping: Callable[[], bool]
+) -> Iterator[Outcome]:
+    """How each request ended, shown as it ends."""
+    from reelbatch.jobs.display import display
+    from reelbatch.jobs.worker import Worker
+
+    if engine.calibration is not None:
+        say(f"--max-memory: estimates of steps and decodes are {engine.calibration.line}")
+    worker = Worker(
+        engine,
+        manifest,
+        job.number,
+        spec.out,
+        weights=spec.settings.weights,
+        overwrite=spec.overwrite,
+        sidecars=spec.naming != "vbench",
+        checkpoint_every=spec.plan.checkpoint_every,
+        stopping=stopping,
+    )
+    with display([row.to_request() for row in job.open], console) as shown:
+        engine.subscribe(shown.event)
+        for outcome in worker.outcomes():
+            shown.outcome(outcome)
+            yield outcome
+
+
+def earlier(job: Job) -> Iterator[str]:
     """Lines on what earlier runs left."""
     count = len(job.rows)
     if job.remade:
@@ -174,14 +282,19 @@ def _earlier(job: Job) -> Iterator[str]:
 
 
 def _summary(job: Job, out: Path, report: Path) -> str:
-    """What is in the folder; draws the contact sheet."""
+    there = sum((out / row.file).exists() for row in job.rows)
+    return f"{there} of {len(job.rows)} videos in {out}; report: {report}"
+
+
+def draw_sheet(out: Path, rows: Sequence[VideoRow]) -> str:
+    """Draws the folder's contact sheet, of all its videos in the manifest's order, and says where it is; nothing for
+    none, and for too many."""
     from reelbatch.video import contact_sheet, sheet_path
 
-    there = [out / row.file for row in job.rows if (out / row.file).exists()]
-    line = f"{len(there)} of {len(job.rows)} videos in {out}; report: {report}"
-    if 0 < len(there) <= SHEET_ROWS:
-        line += f"; contact sheet: {contact_sheet(there, sheet_path(there, out))}"
-    return line
+    there = [path for row in rows if row.state == "done" and (path := out / row.file).exists()]
+    if not 0 < len(there) <= SHEET_ROWS:
+        return ""
+    return f"; contact sheet: {contact_sheet(there, sheet_path(there, out))}"
 
 
 def _outcome_record(outcome: Outcome) -> dict[str, Any]:
@@ -212,9 +325,11 @@ def _unknown_words(requests: Sequence[VideoRequest], info: ModelInfo) -> Iterato
     words = (word for request in requests for word in re.findall(r"\w+", request.prompt.lower()))
     unknown = list(dict.fromkeys(word for word in words if word not in known))
     if known and unknown:
+        shown = ", ".join(shorten(word, WORD_LETTERS) for word in unknown[:WORDS_SHOWN])
+        more = f" and {len(unknown) - WORDS_SHOWN} more words" if len(unknown) > WORDS_SHOWN else ""
         yield (
-            f"this little model does not know: {', '.join(unknown[:WORDS_SHOWN])}. It is {info.profile.about}. "
-            "Name a real model with --model (a HunyuanVideo folder in the Diffusers layout, or a hub id)."
+            f"this little model does not know {shown}{more}: `reelbatch model-info {info.name}` says what it draws, "
+            "and --model takes another"
         )
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 
 from reelbatch.cli.common import (
     BOUNDS,
@@ -17,15 +16,18 @@ from reelbatch.cli.common import (
     MEASURED,
     OUTPUT,
     SOME_FAILED,
+    SafeConsole,
     app,
     check_writable,
+    command_again,
     console,
     interruptible,
     quiet_libraries,
     say,
     warnings_as_lines,
 )
-from reelbatch.cli.options import AttentionOption, Device, Dtype, Model
+from reelbatch.cli.options import AttentionOption, Device, Dtype, LoraOption, Model
+from reelbatch.cli.profiles import forget_profiles, show_profiles
 
 if TYPE_CHECKING:
     from reelbatch.loading.inspection import ModelInfo
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
 @app.command()
 def tune(
+    context: typer.Context,
     shape: Annotated[
         list[str] | None,
         typer.Option(
@@ -68,6 +71,7 @@ def tune(
         ),
     ] = None,
     attention: AttentionOption = "auto",
+    lora: LoraOption = None,
     offload: Annotated[
         Literal["none", "component", "block"] | None,
         typer.Option(
@@ -94,6 +98,14 @@ def tune(
     show: Annotated[
         bool, typer.Option("--show", help="List the stored profiles and measure nothing.", rich_help_panel=OUTPUT)
     ] = False,
+    forget: Annotated[
+        bool,
+        typer.Option(
+            "--forget",
+            help="Remove the stored profiles of --model (of --shape, if given) and measure nothing.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = False,
 ) -> None:
     """Measure batch sizes on this machine, and say which to use and why.
 
@@ -105,21 +117,31 @@ def tune(
 
     - `reelbatch tune --prompts suite.csv --dtypes fp32,bf16`
 
+    - `reelbatch tune --forget --model /models/HunyuanVideo`: `generate` goes by the default batch size again
+
     Batches of growing size are run, in both isolations: a few steps each, extrapolated to full videos, and checked by
     a full run. The advice is the smallest batch within 5 % of the best throughput that keeps to the limits; exact
     isolation unless packed is more than 10 % faster. `generate` then takes it when --batch-size is not given.
-    Other programs on the machine make the figures worse: measure when it is quiet. Ctrl-C keeps what was measured.
+    There is no advice, nothing is stored and the exit code is 1 if fewer than two sizes could be measured or the
+    repeats lie too far apart; what is missing is said. Other programs on the machine make the figures worse: measure
+    when it is quiet. Ctrl-C keeps what was measured.
     """
     from reelbatch.device import parse_bytes
     from reelbatch.engine.config import EngineConfig
+    from reelbatch.loading.lora import parse_lora
     from reelbatch.tune.choose import Limits
     from reelbatch.tune.display import display
     from reelbatch.tune.report import record, terminal
     from reelbatch.tune.run import Tuning, parse_dtypes, parse_seconds
     from reelbatch.tune.write import write
 
-    if show:
-        _show_profiles(as_json)
+    if show or forget:
+        if show and forget:
+            raise ValueError("--show and --forget were given; give one of them")
+        if show:
+            show_profiles(as_json)
+        else:
+            forget_profiles(model, shape or [], as_json)
         return
     if dtypes is not None and dtype != "auto":
         raise ValueError(f"--dtype {dtype} and --dtypes {dtypes} were given; give one of them")
@@ -129,9 +151,11 @@ def tune(
     )
     seconds = parse_seconds(budget, "--budget")
     several = [dtype] if dtypes is None else parse_dtypes(dtypes)
-    config = EngineConfig(model=model, device=device, attention=attention)
+    loras = tuple((str(path), scale) for path, scale in map(parse_lora, lora or []))
+    config = EngineConfig(model=model, device=device, attention=attention, lora=loras)
+    command = command_again(context, budget=None, **({"max_batch": None} if max_batch < 2 else {}))
     info, workloads = _workloads(model, shape or [], prompt_file, steps, true_cfg, max_batch)
-    check_writable(out)
+    check_writable(out, "page")
     quiet_libraries()
     with warnings_as_lines(), interruptible() as interrupted, display(console) as show_update:
         report = Tuning(
@@ -144,6 +168,7 @@ def tune(
             budget=seconds,
             limits=limits,
             largest=max_batch,
+            command=command,
             on_update=show_update,
             stopping=lambda: bool(interrupted),
         ).run()
@@ -151,7 +176,7 @@ def tune(
     if as_json:
         typer.echo(json.dumps(record(report)))
     else:
-        answer = Console()
+        answer = SafeConsole()
         answer.print(terminal(report, answer.width))
     say(f"page: {files['html']}; figures: {files['json']}")
     if interrupted:
@@ -202,41 +227,3 @@ def _demo_captions(count: int) -> Sequence[tuple[Scene, str]]:
 
     seen, unseen = prompts(2 * count)
     return [pair for pairs in zip(seen, unseen, strict=True) for pair in pairs][:count]
-
-
-def _show_profiles(as_json: bool) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    from reelbatch.device import cache_folder
-    from reelbatch.tune import profiles
-
-    stored = profiles.stored()
-    if as_json:
-        known = [
-            {"file": str(path), "profile": None, "problem": profile}
-            if isinstance(profile, str)
-            else {"file": str(path), "profile": profile.model_dump(mode="json"), "problem": profiles.stale(profile)}
-            for path, profile in stored
-        ]
-        typer.echo(json.dumps(known))
-        return
-    if not stored:
-        say(f"no profile is stored in {cache_folder()}: `reelbatch tune` makes one")
-        return
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    for column in ("model", "shapes", "dtype", "batch", "isolation", "videos/h", "measured"):
-        table.add_column(column, no_wrap=True)
-    table.add_column("here")
-    for path, profile in stored:
-        if isinstance(profile, str):
-            table.add_row(path.name, *[""] * 6, profile)
-            continue
-        about = profile.identity
-        kind = about.dtype if about.attention == "auto" else f"{about.dtype}, {about.attention}"
-        how = profile.isolation if profile.offload == "none" else f"{profile.isolation}, offload {profile.offload}"
-        row = (about.model, about.shapes, kind, str(profile.batch_size), how)
-        rate = f"{profile.videos_per_hour:,.0f}" if profile.videos_per_hour >= 100 else f"{profile.videos_per_hour:.2f}"
-        table.add_row(*row, rate, str(profile.measured), profiles.stale(profile, brief=True) or "usable")
-    Console().print(table)
-    say(f"kept in {cache_folder()}; a file that is deleted there is forgotten")

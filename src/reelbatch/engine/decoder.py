@@ -29,6 +29,16 @@ SMALLER_TILES = (128, 64)
 """Pixels on a side of the VAE tiles that are tried when nothing else helps."""
 
 
+def smaller_tiles(own: int | None) -> list[int]:
+    """Sides of tiles that are tried after a request's own (None: whole), in this order."""
+    return [size for size in SMALLER_TILES if own is None or size < own]
+
+
+def tile_words(side: int) -> str:
+    """Tiles, as the end of "tried again …"."""
+    return f"in VAE tiles of {side} pixels"
+
+
 @dataclass(frozen=True)
 class Decoded:
     """Frames, and how they came about.
@@ -140,8 +150,7 @@ class Decoder:
 
         reliefs = self.fallback.reliefs("decode")
         if last and not self.fallback.keep_pixels:
-            smaller = [size for size in SMALLER_TILES if own is None or size < own]
-            reliefs += [Relief(f"in VAE tiles of {size} pixels", partial(tiles, size), exact=False) for size in smaller]
+            reliefs += [Relief(tile_words(size), partial(tiles, size), exact=False) for size in smaller_tiles(own)]
         reliefs.sort(key=lambda relief: not relief.exact)
         if not last:
             reliefs = [relief for relief in reliefs if relief.exact]

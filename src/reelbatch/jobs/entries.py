@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from reelbatch.request import FIELDS
+from reelbatch.wording import printable
 
 COLUMNS = (*FIELDS, "copies")
 WHOLE_COLUMNS = {"seed", "height", "width", "frames", "steps", "fps", "copies", "vae_tiling"}
@@ -68,4 +69,4 @@ def bad_entry(where: str, message: str) -> Entry:
 def _printable(text: str) -> str:
     """For a terminal and a log: whatever a file holds, a line."""
     shown = text if len(text) <= SHOWN_LETTERS else f"{text[: SHOWN_LETTERS - 1]}…"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
+    return printable(shown)

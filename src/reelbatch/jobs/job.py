@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from reelbatch.device import choose_device, threads_of
 from reelbatch.engine.config import EngineConfig
+from reelbatch.jobs.changes import JobChanged, request_changes, setting_changes
 from reelbatch.jobs.manifest import OPEN, JobRow, Manifest, State, VideoRow
 from reelbatch.jobs.naming import Naming, name_all
 from reelbatch.jobs.verify import make_again
@@ -23,22 +24,6 @@ from reelbatch.loading.precision import Precision
 from reelbatch.request import MAX_ID_LENGTH, NAMES_ONLY, VideoRequest
 
 Mode = Literal["resume", "add", "new"]
-SHOWN = 10
-
-
-class JobChanged(ValueError):
-    """The folder holds a job of other settings or requests. `differences`: what differs, a line each."""
-
-    def __init__(self, folder: Path, differences: Sequence[str]) -> None:
-        self.differences = tuple(differences)
-        shown = [f"  {line}" for line in differences[:SHOWN]]
-        if len(differences) > SHOWN:
-            shown.append(f"  … and {len(differences) - SHOWN} more")
-        super().__init__(
-            f"{folder} holds a job that differs from this one:\n" + "\n".join(shown) + "\n"
-            "Use another --out folder, or --add to keep what is there of these and make the rest beside it, or "
-            "--as-new to make all of these beside it."
-        )
 
 
 @dataclass(frozen=True)
@@ -179,6 +164,43 @@ def open_job(
     return Job(number, rows, [row for row in rows if row.state == State.DONE], remade)
 
 
+def forecast(
+    manifest: Manifest | None,
+    folder: Path,
+    requests: Sequence[VideoRequest],
+    settings: Settings,
+    *,
+    mode: Mode,
+    overwrite: bool = False,
+) -> Job:
+    """The job as `open_job` would give it. Nothing is written: its number is 0, and rows that are new have no file.
+
+    Args:
+        manifest: of the folder; None where there is none.
+
+    Raises:
+        JobChanged: where `open_job` would.
+    """
+    jobs, there = ([], []) if manifest is None else (manifest.jobs(), manifest.rows())
+    known: dict[int, VideoRow] = {}
+    if manifest is not None and mode == "resume" and jobs:
+        ids = {row.id: row for row in there}
+        _, its = _the_same(manifest, folder, jobs, requests, settings)
+        known = {i: ids[id] for i, id in enumerate(its)}
+    elif mode == "add":
+        known = _match(there, requests, settings)
+    lost = [] if overwrite else _lost(folder, there)
+    again = {State.FAILED, State.CANCELLED} if mode == "add" else set()
+    if overwrite:
+        again.add(State.DONE)
+    gone = {row.id for row in lost}
+    for row in known.values():
+        if row.id in gone or row.state in again:
+            row.state = State.WAITING
+    rows = [known.get(i) or _row(request, i, i, "", settings) for i, request in enumerate(requests)]
+    return Job(0, rows, [row for row in rows if row.state == State.DONE], len(lost))
+
+
 def _home(naming: Naming) -> Path:
     """Where videos lie in the output folder: VBench's scorer wants a folder with nothing else in it."""
     return Path("videos") if naming == "vbench" else Path()
@@ -268,37 +290,26 @@ def _differences(
     then = Settings.of_record(before.settings)
     if then.threads is None or then.device != settings.device:  # not recorded then, or said by the device already
         then = replace(then, threads=settings.threads)
-    earlier, now = then.record, settings.record
-    differences = [
-        f"{name} was {earlier.get(name)!r} and is {value!r}{_remedy(name, earlier.get(name))}"
-        for name, value in now.items()
-        if earlier.get(name) != value
-    ]
     rows = [row for row in there if row.job == before.number]
-    fresh = [request for i, request in enumerate(requests) if i not in matches]
-    gone = {row.id for row in rows} - {row.id for row in matches.values()}
-    differences += [f"new: {_described(request)}" for request in fresh[:SHOWN]]
-    differences += [f"no longer asked for: {_described(row.to_request())}" for row in rows if row.id in gone][:SHOWN]
-    if fresh or gone:
-        differences.append(f"in all, {len(fresh)} new and {len(gone)} no longer asked for, of {len(rows)} videos")
-    return differences
-
-
-def _remedy(name: str, value: Any) -> str:
-    """How to have a setting as it was, where that is no option of the command."""
-    return f" (OMP_NUM_THREADS={value} makes it what it was)" if name == "threads" else ""
-
-
-def _described(request: VideoRequest) -> str:
-    size = f"{request.width}×{request.height}, {request.frames} frames, {request.steps} steps"
-    return f"{request.prompt[:60]!r}, seed {request.seed}, {size}"
+    kept = {row.id for row in matches.values()}
+    gone = [row.to_request() for row in rows if row.id not in kept]
+    new = [request for i, request in enumerate(requests) if i not in matches]
+    lines = setting_changes(then.record, settings.record)
+    if gone or new:
+        lines += request_changes([row.to_request() for row in rows], requests, gone, new)
+    return lines
 
 
 def _remake_lost(manifest: Manifest, folder: Path) -> int:
     """Videos whose file is gone or of another size wait again."""
-    lost = [row for row in manifest.rows(None, State.DONE) if not _there(folder / row.file, row.size)]
+    lost = _lost(folder, manifest.rows(None, State.DONE))
     make_again(manifest, folder, lost)
     return len(lost)
+
+
+def _lost(folder: Path, rows: Sequence[VideoRow]) -> list[VideoRow]:
+    """Rows that are done and whose file is gone or of another size."""
+    return [row for row in rows if row.state == State.DONE and not _there(folder / row.file, row.size)]
 
 
 def _there(path: Path, size: int | None) -> bool:

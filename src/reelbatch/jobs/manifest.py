@@ -18,8 +18,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Engine, create_engine, delete, event, func, select, update
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy import URL, Engine, create_engine, delete, event, func, inspect, make_url, select, update
+from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from reelbatch.jobs.processes import born_at, host, runs
@@ -60,10 +60,10 @@ class Manifest:
     Every method is one transaction. Raises `ManifestError` where the database cannot be used.
     """
 
-    def __init__(self, url: str, *, create: bool = True, lease_seconds: float = LEASE_SECONDS) -> None:
-        self.url, self.lease_seconds = url, lease_seconds
+    def __init__(self, url: str | URL, *, create: bool = True, lease_seconds: float = LEASE_SECONDS) -> None:
+        self.url, self.lease_seconds = _parse(url), lease_seconds
         with self._errors_named():
-            self._engine = _connect(url)
+            self._engine = _connect(self.url)
             if create:
                 Base.metadata.create_all(self._engine)
         self._seen: dict[str, tuple[int, float]] = {}
@@ -73,8 +73,25 @@ class Manifest:
         """The manifest of an output folder: SQLite in it, unless a URL says where."""
         path = folder / FILE
         if url is None and must_exist and not path.exists():
+            if folder.is_file():
+                raise NotADirectoryError(f"{folder}: is a file; name the output folder of a job")
             raise FileNotFoundError(f"{folder}: no job has run there (no {FILE}); name the --out folder of a job")
-        return cls(url or f"sqlite:///{path.resolve()}", create=not must_exist, **options)
+        # `create` takes a path as it is; in a URL that is put together as text, ? and # would end it
+        return cls(url or URL.create("sqlite", database=str(path.resolve())), create=not must_exist, **options)
+
+    @classmethod
+    def existing(cls, folder: Path, url: str | None = None) -> Manifest | None:
+        """The manifest of an output folder if there is one; None, and nothing is created, if not."""
+        place = _parse(url) if url else URL.create("sqlite", database=str(folder / FILE))
+        is_path = place.get_backend_name() == "sqlite" and "uri" not in place.query
+        if is_path and not Path(place.database or "").is_file():
+            return None
+        manifest = cls.in_folder(folder, url, must_exist=True)
+        with manifest._reading() as session:
+            if inspect(session.connection()).has_table(JobRow.__tablename__):
+                return manifest
+        manifest.close()
+        return None
 
     def close(self) -> None:
         self._engine.dispose()
@@ -103,7 +120,9 @@ class Manifest:
 
     @property
     def _place(self) -> str:
-        return self.url.rpartition("@")[2].removeprefix("sqlite:///")  # no password in a message
+        if self.url.get_backend_name() == "sqlite":
+            return str(self.url.database)
+        return self.url.set(username=None, password=None).render_as_string()
 
     # -- jobs --------------------------------------------------------------------------------------
 
@@ -305,12 +324,22 @@ def _in_parts(ids: Sequence[str], size: int = 500) -> list[Sequence[str]]:
     return [ids[start : start + size] for start in range(0, len(ids), size)]
 
 
-def _connect(url: str) -> Engine:
+def _parse(url: str | URL) -> URL:
     try:
-        engine = create_engine(url, connect_args={"timeout": LOCK_SECONDS} if url.startswith("sqlite") else {})
+        return make_url(url)
+    except ArgumentError:
+        raise ManifestError(
+            "the manifest's place is no database URL; write it as postgresql+psycopg://user@host/name"
+        ) from None
+
+
+def _connect(url: URL) -> Engine:
+    sqlite = url.get_backend_name() == "sqlite"
+    try:
+        engine = create_engine(url, connect_args={"timeout": LOCK_SECONDS} if sqlite else {})
     except ModuleNotFoundError as error:
         raise ManifestError(f"the manifest's database needs {error.name}: pip install {error.name}") from None
-    if engine.dialect.name == "sqlite":
+    if sqlite:
         # A kill or a power cut loses no committed row; journals beside the file work on network folders too, where
         # write-ahead logs do not. Every transaction locks at its start, so none that has read must be turned away.
         @event.listens_for(engine, "connect")

@@ -13,7 +13,7 @@ from reelbatch.jobs.manifest import OPEN, State, VideoRow
 from reelbatch.request import VideoRequest
 
 if TYPE_CHECKING:
-    from reelbatch.jobs.job import Settings
+    from reelbatch.jobs.job import Job
 
 LATEST = 200
 """Videos that the present pace is taken from."""
@@ -74,32 +74,22 @@ class Outlook:
 
 
 def look_ahead(
-    requests: Sequence[VideoRequest],
-    settings: Settings,
-    rows: Sequence[VideoRow],
-    batch_size: int,
-    measured: Measured | None,
-    free_bytes: int | None = None,
+    job: Job, rows: Sequence[VideoRow], batch_size: int, measured: Measured | None, free_bytes: int | None = None
 ) -> Outlook:
-    """What requests will take beside the rows that their folder holds.
+    """What a job will take.
 
     Args:
+        job: as it stands, or as it is foreseen.
+        rows: all that its folder holds.
         measured: by `tune`, if it was.
     """
-    done = Counter(row.fingerprint for row in rows if row.state == State.DONE)
-    left = []
-    for request in requests:
-        known = next((key for key in settings.fingerprints(request) if done[key]), None)
-        if known is None:
-            left.append(request)
-        else:
-            done[known] -= 1
-    seconds, time_from = _seconds(left, rows, measured)
+    left = [row.to_request() for row in job.open]
+    seconds, time_from = _seconds(job.open, rows, measured)
     size, disk_from = _bytes(left, rows)
     return Outlook(
-        videos=len(requests),
-        prompts=len({request.prompt for request in requests}),
-        kept=len(requests) - len(left),
+        videos=len(job.rows),
+        prompts=len({row.prompt for row in job.rows}),
+        kept=len(job.kept),
         batches=-(-len(left) // batch_size),
         batch_size=batch_size,
         kinds=Counter(_kind(request) for request in left),
@@ -119,8 +109,14 @@ def pace(rows: Sequence[VideoRow]) -> Pace:
     if not seconds:
         return Pace(None, None)
     units = sum(row.to_request().work for row in done)
-    left = sum(row.to_request().work for row in rows if row.state in OPEN)
+    left = sum(work_left(row) for row in rows if row.state in OPEN)
     return Pace(3600 * len(done) / seconds, seconds * left / units)
+
+
+def work_left(row: VideoRow) -> float:
+    """The work of a video that is to be made, less the steps that were saved of it."""
+    request = row.to_request()
+    return request.work * (1 - min(1.0, row.step / (request.steps or 1)))
 
 
 def _seconds_of(moment: str | None) -> float:
@@ -141,14 +137,12 @@ def _kind(request: VideoRequest) -> Kind:
     return Kind(width, height, frames, request.steps or 0, 2 if request.uses_cfg else 1)
 
 
-def _seconds(
-    left: Sequence[VideoRequest], rows: Sequence[VideoRow], measured: Measured | None
-) -> tuple[float | None, str]:
+def _seconds(left: Sequence[VideoRow], rows: Sequence[VideoRow], measured: Measured | None) -> tuple[float | None, str]:
     rate = pace(rows).videos_per_hour
     done = [row.to_request().work for row in rows if row.state == State.DONE]
     if rate is not None:
         per_work = 3600 / rate / (sum(done) / len(done))
-        return per_work * sum(request.work for request in left), "as the videos in this folder took"
+        return per_work * sum(map(work_left, left)), "as the videos in this folder took"
     if measured is not None:
         return 3600 / measured.videos_per_hour * len(left), f"as `tune` measured on {measured.when}"
     return None, "nothing was measured yet: `reelbatch tune` does, and so does a first run with --limit"

@@ -20,6 +20,8 @@ from reelbatch.request import (
     RequestError,
     VideoRequest,
     did_you_mean,
+    shown,
+    unknown_fields,
 )
 
 __all__ = [
@@ -160,23 +162,21 @@ def _selector(selector: str) -> Callable[[VideoRequest], bool]:
 
 def _check(fields: Mapping[str, Any], copies: Any, limits: ModelLimits | None) -> tuple[VideoRequest, list[Problem]]:
     """The request, and all that is wrong with it; if anything is, the request is of what is right."""
-    unknown = [name for name in fields if name not in COLUMNS]
-    problems = [Problem(name, f"{name}: no such field; {did_you_mean(name, COLUMNS)}") for name in unknown]
+    problems = unknown_fields(fields, COLUMNS)
     good = {name: value for name, value in fields.items() if name in COLUMNS}
     try:
         request = VideoRequest(**good)
     except RequestError as error:
         problems += error.problems
         bad = {problem.field for problem in error.problems}
+        bad |= set(good) if None in bad else set()  # nested so deeply that no field is named
         request = VideoRequest(**{"prompt": "-", **{name: value for name, value in good.items() if name not in bad}})
-    except RecursionError:
-        return VideoRequest(prompt="-"), [*problems, Problem(None, "holds a value that is nested too deeply")]
     if limits is not None:
         try:
             request = request.for_model(limits)
         except RequestError as error:
             problems += error.problems
     if type(copies) is not int or not 1 <= copies <= MAX_COPIES:
-        shown = repr(copies) if isinstance(copies, int | float | str) else type(copies).__name__
-        problems.append(Problem("copies", f"copies={shown} must be a whole number from 1 to {MAX_COPIES}"))
+        given = shown(copies) if isinstance(copies, int | float | str) else type(copies).__name__
+        problems.append(Problem("copies", f"copies={given} must be a whole number from 1 to {MAX_COPIES}"))
     return request, problems

@@ -9,10 +9,11 @@ import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from reelbatch.jobs.entries import Entry, Fault, Numbered, bad_entry
+from reelbatch.outside_json import is_deep
 
 EXPECTED = 'expected a text or a JSON object, as in {"prompt": "a cat"}'
 BLANK = re.compile(r"[ \t\n\r]*")
@@ -99,6 +100,8 @@ def _value(text: str, start: int) -> tuple[Any, int, list[str]]:
         return dict(pairs)
 
     value, end = json.JSONDecoder(object_pairs_hook=to_dict, parse_int=_whole).raw_decode(text, start)
+    if is_deep(value):
+        raise RecursionError
     return value, end, twice
 
 
@@ -126,8 +129,10 @@ def _of_value(value: Any, twice: Sequence[str], where: str, at: Callable[[int], 
         renamed = {name: value[own] for name, own in own_names.items()}
         value = renamed | {name: own for name, own in value.items() if name not in skipped}
 
+    known_places = cache(partial(_places, text, start))  # many fields may be wrong
+
     def place(name: str) -> str:
-        index = _places(text, start).get(own_names.get(name, name)) if text[start] == "{" else start
+        index = known_places().get(own_names.get(name, name)) if text[start] == "{" else start
         return where if index is None else at(index)
 
     return Entry(where, value, place=place)

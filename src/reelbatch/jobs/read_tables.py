@@ -18,12 +18,16 @@ from reelbatch.request import did_you_mean
 if TYPE_CHECKING:
     import pyarrow as pa
 
+MOST_COLUMNS = 200
+"""A header of more is that of another kind of file, and no fault is looked for in each."""
 PANDAS_INDEX = re.compile(r"__index_level_\d+__")
 """Pandas adds its index as a column of such a name."""
 
 
 def _column_faults(names: Sequence[str]) -> list[str]:
     """What is wrong with a header."""
+    if len(names) > MOST_COLUMNS:
+        return [f"the header has {len(names)} columns, and there are {len(COLUMNS)} fields: {', '.join(COLUMNS)}"]
     faults = []
     for number, name in enumerate(names, 1):
         if not name:

@@ -34,6 +34,20 @@ MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+BINARY = (
+    (b"\x89PNG", "a PNG picture"),
+    (b"\xff\xd8\xff", "a JPEG picture"),
+    (b"GIF8", "a GIF picture"),
+    (b"RIFF", "a WebP, AVI or WAV file"),
+    (b"\x1aE\xdf\xa3", "a Matroska or WebM video"),
+    (b"%PDF", "a PDF document"),
+    (b"PK\x03\x04", "a ZIP archive (as spreadsheets and documents of an office program are)"),
+    (b"\x1f\x8b", "a gzip archive"),
+    (b"SQLite format 3\0", "an SQLite database"),
+    (b"PAR1", "a Parquet file (name it .parquet)"),
+)
+"""First bytes of files that are no text. A file is only refused by them if it holds what is no text besides."""
+MANY_UNREADABLE = 20
 
 
 def read_entries(path: str | Path) -> list[Entry]:
@@ -100,16 +114,33 @@ def _decode(data: bytes, name: str) -> tuple[str, dict[int, Entry]]:
         whole = False
     if whole:
         return text, {}
+    if kind := _binary_kind(data):
+        raise _not_text(name, f"is {kind}, no text")
     if text.count("\0") * 4 > len(text):
         fault = "is no text, or UTF-16 without a byte order mark (it is full of NUL); save the file as UTF-8"
         raise PromptError([Fault(name, fault)])
     unreadable: dict[int, Entry] = {}
+    number = 0
     for number, line in enumerate(io.StringIO(text, newline=None), 1):
         if wrong := re.search("[\0\ud800-\udfff]", line):
             what = "NUL" if wrong[0] == "\0" else f"byte {ord(wrong[0]) - 0xDC00:#04x} is not UTF-8"
             where = f"{name}, line {number}, column {wrong.start() + 1}"
             unreadable[number] = bad_entry(where, f"{what}; save the file as UTF-8 text")
+    if len(unreadable) >= MANY_UNREADABLE and 2 * len(unreadable) > number:
+        raise _not_text(name, f"{len(unreadable)} of its {number} lines hold what is no UTF-8 text")
     return re.sub("[\0\ud800-\udfff]", "\ufffd", text), unreadable
+
+
+def _binary_kind(data: bytes) -> str | None:
+    if data[4:8] == b"ftyp":
+        return "an MP4 or MOV video"
+    return next((kind for start, kind in BINARY if data.startswith(start)), None)
+
+
+def _not_text(name: str, what: str) -> PromptError:
+    """One fault for a file that is no text at all, where each of its lines would be one."""
+    fault = f"{what}; give a file of prompts (.txt, .jsonl, .json, .csv, .tsv, .parquet), saved as UTF-8"
+    return PromptError([Fault(name, fault)])
 
 
 def _txt(text: str, name: str) -> Numbered:

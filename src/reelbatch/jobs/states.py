@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from reelbatch.engine.sample import SavedState
+from reelbatch.outside_json import parse
 from reelbatch.video import aside
 
 
@@ -37,7 +38,7 @@ class States:
         """None where there is none, or none that can be read: the video then starts anew."""
         try:
             with safe_open(self._path(fingerprint), "pt") as file:
-                about = json.loads(file.metadata()["state"])
+                about = parse(file.metadata()["state"])
                 latents = file.get_tensor("latents")
             about["batch_mates"] = frozenset(about["batch_mates"])
             return SavedState(latents=latents, **about)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from reelbatch.loading import hunyuan_video, hunyuan_video15
 from reelbatch.loading.layout import Layout
+from reelbatch.outside_json import read_object
 
 LAYOUTS: Mapping[str, Layout] = {
     "HunyuanVideoPipeline": hunyuan_video.LAYOUT,
@@ -21,7 +21,7 @@ COMPONENTS = tuple(dict.fromkeys(name for layout in LAYOUTS.values() for name in
 def components_of(folder: Path) -> tuple[str, ...]:
     """Those of a folder's family; HunyuanVideo's where it says none."""
     try:
-        name = json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("_class_name")
-    except (OSError, ValueError, AttributeError):
+        name = read_object(folder / "model_index.json").get("_class_name")
+    except (OSError, ValueError):
         name = None
     return tuple(LAYOUTS.get(str(name), hunyuan_video.LAYOUT).classes)

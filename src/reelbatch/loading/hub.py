@@ -5,12 +5,17 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from reelbatch.wording import printable
+
 REAL_MODEL = "hunyuanvideo-community/HunyuanVideo"
 DEMO_FOLDER = Path(__file__).parents[1] / "demo" / "model"
 
 
 class ModelFolderError(ValueError):
     """A model folder that cannot be used: the message names the file and what to do."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("\n".join(map(printable, message.splitlines())))  # files may hold escape sequences
 
 
 def resolve(model: str | Path) -> Path:

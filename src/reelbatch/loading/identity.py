@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from reelbatch.device import choose_device, device_name
 from reelbatch.loading.hashing import weights_hash
+from reelbatch.loading.lora import lora_hash
 from reelbatch.loading.precision import Precision
 from reelbatch.memory.identity import Identity
 from reelbatch.versions import versions
@@ -21,8 +23,13 @@ def identity(
     device: str | torch.device = "auto",
     dtype: Precision | str = "auto",
     attention: str = "auto",
+    loras: Sequence[tuple[str | Path, float]] = (),
 ) -> Identity:
-    """The identity of a run of the model in `folder`."""
+    """The identity of a run of the model in `folder`, with LoRA files and their scales.
+
+    Raises:
+        LoraError: for a LoRA file that cannot be read.
+    """
     chosen = choose_device(device)
     return Identity(
         model=model,
@@ -32,6 +39,7 @@ def identity(
         attention=attention,
         versions=versions(),
         shapes=shapes,
+        loras=tuple(sorted((lora_hash(path), scale) for path, scale in loras)),
     )
 
 

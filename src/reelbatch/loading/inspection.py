@@ -6,31 +6,27 @@ beside them is optional (`FolderProfile`).
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from reelbatch.device import choose_device, device_memory_bytes
+from reelbatch.loading.configs import build, check_config, code_faults, validation_faults
 from reelbatch.loading.families import LAYOUTS
 from reelbatch.loading.hub import REAL_MODEL, ModelFolderError, model_name
-from reelbatch.loading.layout import Layout
+from reelbatch.loading.layout import OTHER_SCHEDULES, Layout, config_file
 from reelbatch.loading.precision import Precision
+from reelbatch.loading.stored import StoredTensor, differences, read_header
 from reelbatch.memory.placement import Offload
 from reelbatch.models.prompts import PromptTemplate
+from reelbatch.outside_json import read_object
 from reelbatch.request import ModelLimits, RequestDefaults, RequestError, VideoRequest
-
-CONFIG_FILES = {
-    "scheduler": "scheduler_config.json",
-    "guider": "guider_config.json",
-    "feature_extractor": "preprocessor_config.json",
-}
-"""Components that are a configuration alone, and the file that it is in."""
+from reelbatch.wording import printable, shown, shown_line
 
 
 class FolderProfile(BaseModel):
@@ -45,17 +41,17 @@ class FolderProfile(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    about: str = ""
+    about: Annotated[str, Field(max_length=10_000)] = ""
     defaults: RequestDefaults = RequestDefaults()
     prompt_template: PromptTemplate | None = None
-    vocabulary: tuple[str, ...] = ()
+    vocabulary: Annotated[tuple[Annotated[str, Field(max_length=200)], ...], Field(max_length=100_000)] = ()
 
     @field_validator("defaults", mode="before")
     @classmethod
     def _known_defaults(cls, value: Any) -> Any:
         known = [field.name for field in fields(RequestDefaults)]
         if isinstance(value, dict) and (unknown := set(value) - set(known)):
-            raise ValueError(f"no such default: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+            raise ValueError(f"no such default: {shown_line(', '.join(sorted(unknown)))}; there are {', '.join(known)}")
         return value
 
 
@@ -138,6 +134,13 @@ def inspect(folder: str | Path) -> ModelInfo:
         ModelFolderError: where nothing can be said: no folder, no model_index.json, another pipeline's folder.
     """
     folder = Path(folder)
+    try:
+        return _inspect(folder)
+    except OSError as error:
+        raise ModelFolderError(f"{error.filename or folder}: cannot be read: {error.strerror or error}") from None
+
+
+def _inspect(folder: Path) -> ModelInfo:
     if not folder.is_dir():
         raise ModelFolderError(f"{folder}: no such folder")
     reader = _Reader(folder)
@@ -146,12 +149,14 @@ def inspect(folder: str | Path) -> ModelInfo:
     index = reader.json("model_index.json")
     if reader.problems:
         raise ModelFolderError(reader.problems[0])
-    layout = LAYOUTS.get(str(index.get("_class_name")))
+    pipeline = index.get("_class_name")
+    layout = LAYOUTS.get(pipeline) if isinstance(pipeline, str) else None
     if layout is None:
         known = "; ".join(f"{name} ({known.makes}), such as {known.example}" for name, known in LAYOUTS.items())
         raise ModelFolderError(
-            f"{folder / 'model_index.json'}: is a folder for {index.get('_class_name')}, but reelbatch runs {known}"
+            f"{folder / 'model_index.json'}: is a folder for {_named(pipeline)}, but reelbatch runs {known}"
         )
+    reader.layout = layout
     for part in sorted(folder.rglob("*.incomplete")):
         reader.problem(part, "is a download that did not finish; run the download again, it goes on where it stopped")
 
@@ -163,22 +168,18 @@ def inspect(folder: str | Path) -> ModelInfo:
             listed = ", ".join(layout.classes)
             reader.problem("model_index.json", f"lists no {name}; the folder must hold all of {listed}")
         elif class_name not in classes:
-            reader.problem("model_index.json", f"has {name} of class {class_name}; expected {classes[0]}")
+            reader.problem("model_index.json", f"has {name} of class {_named(class_name)}; expected {classes[0]}")
         elif not (folder / name).is_dir():
             reader.problem(name, f"missing: the {name} that model_index.json lists; run the download again")
         else:
-            counted: Counter[str] = Counter()
-            stored: Counter[str] = Counter()
-            if name in layout.weights:
-                configs[name] = reader.json(f"{name}/config.json")
-                counted, stored = reader.weights(name, layout.weights[name])
-            elif name in CONFIG_FILES:
-                configs[name] = reader.json(f"{name}/{CONFIG_FILES[name]}")
+            if name in layout.configs:
+                configs[name] = reader.config(name)
             else:
                 reader.tokenizer(name, class_name)
-            sizes = tuple(sorted(stored.items()))
-            components.append(ComponentInfo(name, class_name, counted.total(), sizes))
-    reader.architecture(configs, layout)
+            components.append(_component(name, class_name, reader.weights(name) if name in layout.weights else {}))
+    for path, text in layout.problems(configs):
+        reader.problem(path, text)
+    reader.networks(configs)
 
     profile, said = reader.profile()
     limits = layout.limits(configs, said)
@@ -190,81 +191,138 @@ def inspect(folder: str | Path) -> ModelInfo:
     return ModelInfo(folder, tuple(components), limits, flow_shift, profile, tuple(reader.problems), layout)
 
 
+def _component(name: str, class_name: str, stored: dict[str, StoredTensor]) -> ComponentInfo:
+    size: Counter[str] = Counter()
+    for tensor in stored.values():
+        size[tensor.dtype] += tensor.size
+    parameters = sum(tensor.parameters for tensor in stored.values())
+    return ComponentInfo(name, class_name, parameters, tuple(sorted(size.items())))
+
+
+def _named(value: object) -> str:
+    """A class's name in a message, whatever stands in its place."""
+    return shown(value).strip("'") if isinstance(value, str) else shown(value)
+
+
+TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+
+
 class _Reader:
-    """Reads the files of a folder and collects what is wrong with them."""
+    """Reads the files of a folder and collects what is wrong with them. layout: once model_index.json has been read."""
+
+    layout: Layout
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.problems: list[str] = []
+        self.stored: dict[str, dict[str, StoredTensor]] = {}
 
     def problem(self, path: str | Path, text: str) -> None:
-        self.problems.append(f"{self.folder / path}: {text}")
+        self.problems.append(printable(f"{self._at(path)}: {text}"))
+
+    def _at(self, path: str | Path) -> Path:
+        return Path(path) if Path(path).is_relative_to(self.folder) else self.folder / path
 
     def json(self, path: str | Path) -> dict[str, Any]:
         """The JSON object in the file; an empty one, and a problem, if there is none."""
         try:
-            content = json.loads((self.folder / path).read_text(encoding="utf-8"))
-            if isinstance(content, dict):
-                return content
-            self.problem(path, "is no JSON object; get the file again")
+            return read_object(self._at(path))
         except FileNotFoundError:
             self.problem(path, "missing; run the download again")
-        except (OSError, ValueError) as error:
-            self.problem(path, f"cannot be read ({error}); get the file again")
+        except ValueError as error:
+            self.problem(path, str(error))
         return {}
 
-    def weights(self, component: str, file: str) -> tuple[Counter[str], Counter[str]]:
-        """Parameters and bytes by dtype of a component's safetensors files, each checked for completeness."""
-        parameters: Counter[str] = Counter()
-        size: Counter[str] = Counter()
-        base = self.folder / component / file
+    def config(self, component: str) -> dict[str, Any]:
+        """What a component's configuration says, where it can be used."""
+        path, classes = config_file(component), self.layout.classes[component]
+        content = self.json(path)
+        listed = content.get("architectures")
+        class_name = content.get("_class_name") or (listed[0] if isinstance(listed, list) and listed else listed)
+        if class_name not in (None, *classes):
+            self.problem(path, f"is of class {_named(class_name)}; expected {classes[0]}")
+        for setting in OTHER_SCHEDULES if component == "scheduler" else ():
+            if content.get(setting):
+                self.problem(
+                    path,
+                    f"sets {setting}; HunyuanVideo's schedule is shift alone, so the videos would not be this model's",
+                )
+        known, faults = check_config(self.layout.configs[component], content)
+        for fault in faults:
+            self.problem(path, fault)
+        return known
+
+    def weights(self, component: str) -> dict[str, StoredTensor]:
+        """The tensors of a component's safetensors files, each file checked for completeness."""
+        base = self.folder / component / self.layout.weights[component]
         single, index = base.with_suffix(".safetensors"), base.with_suffix(".safetensors.index.json")
         shards: dict[Path, set[str]] = {}
-        if single.is_file():
+        if single.is_file() and index.is_file():
+            self.problem(index, f"stands beside {single.name}, and only one of the two can be meant; remove the other")
+        elif single.is_file():
             shards[single] = set()
         elif index.is_file():
-            for tensor, shard in self.json(index).get("weight_map", {}).items():
-                shards.setdefault(base.parent / shard, set()).add(tensor)
-            if not shards:
-                self.problem(index, "lists no files; get it again")
+            shards = self._shards(index)
         else:
             others = ", ".join(sorted(file.name for file in base.parent.iterdir() if file.suffix in {".bin", ".pt"}))
             besides = f" (there is {others}, but only safetensors are read)" if others else ""
             self.problem(single, f"missing{besides}; run the download again")
+        tensors: dict[str, StoredTensor] = {}
         for shard, expected in shards.items():
             if not shard.is_file():
                 self.problem(shard, f"missing: one of {len(shards)} files listed in {index.name}; download it again")
                 continue
             try:
-                header = _safetensors_header(shard)
+                header = read_header(shard)
             except ValueError as error:
                 self.problem(shard, f"{error}; download it again")
                 continue
             if absent := sorted(expected - header.keys()):
                 self.problem(shard, f"lacks {len(absent)} tensors listed in {index.name}, such as {absent[0]}")
-            for tensor in header.values():
-                begin, end = tensor["data_offsets"]
-                parameters[tensor["dtype"]] += int(torch.Size(tensor["shape"]).numel())
-                size[tensor["dtype"]] += end - begin
-        return parameters, size
+            if twice := sorted(tensors.keys() & header.keys()):
+                self.problem(shard, f"has {len(twice)} tensors that another file has as well, such as {twice[0]}")
+            tensors |= header
+        self.stored[component] = tensors
+        if (base.parent / "adapter_config.json").exists():
+            self.problem(f"{component}/adapter_config.json", "is of an adapter; give adapters as --lora, and remove it")
+        return tensors
+
+    def _shards(self, index: Path) -> dict[Path, set[str]]:
+        """The files that an index lists, and the tensors that should be in each."""
+        shards: dict[Path, set[str]] = {}
+        problems = len(self.problems)
+        listed = self.json(index).get("weight_map")
+        for tensor, shard in listed.items() if isinstance(listed, dict) else ():
+            if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
+                self.problem(index, f"lists {shown(shard)}, which is no safetensors file beside it; get it again")
+                return {}
+            shards.setdefault(index.parent / shard, set()).add(tensor)
+        if not shards and len(self.problems) == problems:
+            self.problem(index, "lists no files; get it again")
+        return shards
 
     def tokenizer(self, component: str, class_name: str) -> None:
         folder = self.folder / component
-        if class_name == "ByT5Tokenizer":  # has no vocabulary: its tokens are bytes
-            return
         enough = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))
-        if not any(all((folder / file).is_file() for file in files) for files in enough):
+        bytes_alone = class_name == "ByT5Tokenizer"  # has no vocabulary
+        if not bytes_alone and not any(all((folder / file).is_file() for file in files) for files in enough):
             self.problem(component, "has neither tokenizer.json nor vocab.json with merges.txt; run the download again")
+        for file in (folder / name for name in TOKENIZER_SETTINGS):
+            for fault in code_faults(self.json(file)) if file.is_file() else ():
+                self.problem(file, fault)
 
-    def architecture(self, configs: dict[str, dict[str, Any]], layout: Layout) -> None:
-        """Whether the components are those of the family and fit together."""
-        for name, config in configs.items():
-            class_name = config.get("_class_name") or next(iter(config.get("architectures") or ()), None)
-            if class_name not in (None, *layout.classes[name]):
-                file = CONFIG_FILES.get(name, "config.json")
-                self.problem(f"{name}/{file}", f"is of class {class_name}; expected {layout.classes[name][0]}")
-        for path, text in layout.problems(configs):
-            self.problem(path, text)
+    def networks(self, configs: dict[str, dict[str, Any]]) -> None:
+        """Whether the stored weights are those of the networks, of components that nothing else is wrong with."""
+        for component, stored in self.stored.items():
+            if any(problem.startswith(f"{self.folder / component}/") for problem in self.problems):
+                continue
+            try:
+                network = build(self.layout.networks[component], configs[component])
+            except ValueError as error:
+                self.problem(config_file(component), str(error))
+                continue
+            for difference in differences(stored, network):
+                self.problem(component, difference)
 
     def profile(self) -> tuple[FolderProfile, dict[str, Any]]:
         """What `reelbatch.json` says, and which defaults."""
@@ -275,36 +333,11 @@ class _Reader:
         try:
             profile = FolderProfile.model_validate(content)
         except ValidationError as error:
-            for fault in error.errors():
-                field = ".".join(str(part) for part in fault["loc"])
-                self.problem(path, f"{field}: {fault['msg'].removeprefix('Value error, ')}; got {fault['input']!r}")
+            for fault in validation_faults(error):
+                self.problem(path, fault)
             return FolderProfile(), {}
         said = content.get("defaults", {})
         return profile, {name: getattr(profile.defaults, name) for name in said}
-
-
-def _safetensors_header(file: Path) -> dict[str, dict[str, Any]]:
-    """Name to {dtype, shape, data_offsets}. Raises ValueError if the file is not whole.
-
-    Format: eight bytes with the header's length, the header (JSON), the data.
-    """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        start = stream.read(8)
-        if start == b"version ":
-            raise ValueError("is a Git LFS pointer, not the weights (git lfs pull gets them)")
-        length = int.from_bytes(start, "little")
-        if len(start) < 8 or length > size - 8:
-            raise ValueError(f"is cut short: {size} bytes, less than its header says")
-        try:
-            header: dict[str, dict[str, Any]] = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            expected = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"has a damaged header ({error})") from None
-    if size < expected:
-        raise ValueError(f"is cut short: {size} of {expected} bytes")
-    return header
 
 
 def _why_no_index(folder: Path) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from reelbatch.loading.configs import Config
 from reelbatch.models.family import Family, Phase
 from reelbatch.models.prompts import PromptTemplate
 from reelbatch.request import ModelLimits, RequestDefaults
@@ -17,6 +18,18 @@ Configs = Mapping[str, Mapping[str, Any]]
 TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 MODEL, DIFFUSERS = "model", "diffusion_pytorch_model"
 """What the weight files of transformers' and Diffusers' networks are called."""
+
+CONFIG_FILES = {
+    "scheduler": "scheduler_config.json",
+    "guider": "guider_config.json",
+    "feature_extractor": "preprocessor_config.json",
+}
+"""Components that are a configuration alone, and the file that it is in."""
+
+
+def config_file(component: str) -> str:
+    """Where in a folder a component's configuration is."""
+    return f"{component}/{CONFIG_FILES.get(component, 'config.json')}"
 
 
 @dataclass(frozen=True)
@@ -45,6 +58,7 @@ class Layout:
         classes: the components of a model folder, and the classes that each may have in model_index.json.
         weights: components with weights, and what their files are called.
         networks: the class that each of them is loaded as.
+        configs: what the configuration of each component that has one may say.
         phases, blockwise, also: see `Family` and `Placement.take`.
         problems: of configurations that do not fit together: pairs of a file and what is wrong with it.
         limits: of configurations and of the defaults that the folder's `reelbatch.json` has.
@@ -56,6 +70,7 @@ class Layout:
     classes: Mapping[str, tuple[str, ...]]
     weights: Mapping[str, str]
     networks: Mapping[str, Any]
+    configs: Mapping[str, type[Config]]
     phases: Mapping[str, Phase]
     blockwise: frozenset[str]
     problems: Callable[[Configs], Sequence[tuple[str, str]]]
@@ -82,14 +97,10 @@ def shared_problems(configs: Configs, pairs: Sequence[tuple[str, str, str]]) -> 
     Args:
         pairs: a setting of the transformer, a component, and its setting that must be equal.
     """
-    transformer, scheduler = configs.get("transformer", {}), configs.get("scheduler", {})
+    transformer = configs.get("transformer", {})
     problems = []
     if transformer.get("patch_size_t", 1) != 1:
         problems.append(("transformer/config.json", f"has patch_size_t {transformer['patch_size_t']}; only 1 is known"))
-    for setting in OTHER_SCHEDULES:
-        if scheduler.get(setting):
-            text = f"sets {setting}; HunyuanVideo's schedule is shift alone, so the videos would not be this model's"
-            problems.append(("scheduler/scheduler_config.json", text))
     for setting, other, other_setting in pairs:
         value, expected = transformer.get(setting), configs.get(other, {}).get(other_setting)
         if None not in (value, expected) and value != expected:

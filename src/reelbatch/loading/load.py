@@ -10,15 +10,20 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from reelbatch.device import choose_device
+from reelbatch.loading.configs import check_config, transformers_config
 from reelbatch.loading.hub import ModelFolderError
 from reelbatch.loading.inspection import ModelInfo, inspect
-from reelbatch.loading.layout import Contents
-from reelbatch.loading.lora import load_loras, lora_label
+from reelbatch.loading.layout import Contents, config_file
+from reelbatch.loading.lora import check_loras, load_loras, lora_label
 from reelbatch.loading.model import Model
 from reelbatch.loading.precision import Precision
+from reelbatch.loading.stored import UNUSED
 from reelbatch.memory.placement import Offload, Placement, check_offload
+from reelbatch.outside_json import read_object
+from reelbatch.wording import shown_line
 
 STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Dtypes by their names in safetensors files."""
@@ -47,19 +52,12 @@ def load(
         ModelFolderError: for a folder with problems, weights that are not all there, or a model too large.
         ValueError: for a device or a dtype that is not there, or an offload that cannot be here.
     """
-    info = inspect(folder)
-    if info.problems:
-        raise ModelFolderError("\n".join(info.problems))
-    device = choose_device(device)
-    precision = Precision.parse(dtype, device)
-    check_offload(offload, device, precision.int8)
-    if not info.fits(device, precision, offload):
-        raise ModelFolderError(f"{folder}: {info.verdict(device, precision)}")
+    info, device, precision = check(folder, device, dtype, offload, lora)
     placement = Placement(device, offload, info.weight_bytes(precision, device), storable=not precision.int8)
     with quiet_progress():
         networks = _load_networks(info, precision, placement, lora)
     contents = Contents(
-        networks, _load_tokenizers(info), info.profile.prompt_template, info.limits, info.flow_shift, device
+        networks, _load_tokenizers(info, networks), info.profile.prompt_template, info.limits, info.flow_shift, device
     )
     try:
         family = info.layout.build(contents)
@@ -70,6 +68,29 @@ def load(
         ) from error
     name = " + ".join([info.name, *(lora_label(path, scale) for path, scale in lora)])
     return Model(name, info.folder, family, precision, placement, info.profile)
+
+
+def check(
+    folder: str | Path,
+    device: torch.device | str = "auto",
+    dtype: Precision | torch.dtype | str = "auto",
+    offload: Offload = "none",
+    lora: Sequence[tuple[str | Path, float]] = (),
+) -> tuple[ModelInfo, torch.device, Precision]:
+    """What a model is loaded with, after all is refused that can be before a weight is read; raises as `load`."""
+    info = inspect(folder)
+    if info.problems:
+        raise ModelFolderError("\n".join(info.problems))
+    device = choose_device(device)
+    precision = Precision.parse(dtype, device)
+    check_offload(offload, device, precision.int8)
+    if not info.fits(device, precision, offload):
+        raise ModelFolderError(f"{folder}: {info.verdict(device, precision)}")
+    if lora:
+        transformer = info.layout.networks["transformer"]
+        with torch.device("meta"):  # the shapes of its layers are enough
+            check_loras(transformer.from_config(transformer.load_config(str(info.folder / "transformer"))), lora)
+    return info, device, precision
 
 
 def _load_networks(
@@ -90,15 +111,18 @@ def _load_networks(
                 local_files_only=True,
                 use_safetensors=True,
                 output_loading_info=True,
+                **_own_config(info, name),
                 **precision.loading(name),
             )
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ModelFolderError(f"{info.folder / name}: cannot be loaded: {error}") from error
-        if missing := sorted(report["missing_keys"]):
-            raise ModelFolderError(
-                f"{info.folder / name}: lacks {len(missing)} weights that the network needs, such as {missing[0]}; "
-                "download it again"
-            )
+        except MemoryError:
+            raise
+        except Exception as error:  # of any of the libraries
+            raise ModelFolderError(f"{info.folder / name}: cannot be loaded: {shown_line(str(error), 2000)}") from error
+        for keys, fault in (("missing_keys", "lacks"), ("unexpected_keys", "has unexpected")):
+            if names := sorted(name for name in report[keys] if not UNUSED.fullmatch(name)):
+                raise ModelFolderError(
+                    f"{info.folder / name}: {fault} {len(names)} weights, such as {names[0]}; download it again"
+                )
         if with_lora:
             load_loras(module, lora)
         networks[name] = module.eval().requires_grad_(False)
@@ -108,19 +132,38 @@ def _load_networks(
     return networks
 
 
+def _own_config(info: ModelInfo, component: str) -> dict[str, Any]:
+    """transformers reads no config.json by itself: any entry of it would become an attribute of the configuration."""
+    own = transformers_config(info.layout.networks[component], _checked_config(info, component))
+    return {} if own is None else {"config": own}
+
+
+def _checked_config(info: ModelInfo, component: str) -> dict[str, Any]:
+    config, _ = check_config(info.layout.configs[component], read_object(info.folder / config_file(component)))
+    return config
+
+
 def _stored_dtype(stored_bytes: tuple[tuple[str, int], ...], dtype: torch.dtype) -> torch.dtype:
     """What to load a network in whose weights are to wait on disk: as they are stored, so that they take no memory."""
     kinds = {name for name, _ in stored_bytes}
     return STORED[kinds.pop()] if len(kinds) == 1 and kinds <= STORED.keys() else dtype
 
 
-def _load_tokenizers(info: ModelInfo) -> dict[str, Any]:
+def _load_tokenizers(info: ModelInfo, networks: dict[str, Any]) -> dict[str, Any]:
     """And the image processor, of folders that have one."""
-    return {
-        component.name: _load_tokenizer(info.folder / component.name, component.class_name)
-        for component in info.components
-        if component.name.startswith("tokenizer") or component.name == "feature_extractor"
-    }
+    classes = {component.name: component.class_name for component in info.components}
+    tokenizers: dict[str, Any] = {}
+    for name in ("tokenizer", "tokenizer_2"):
+        tokenizers[name] = _load_tokenizer(info.folder / name, classes[name])
+        count = networks[name.replace("tokenizer", "text_encoder")].config.vocab_size
+        if (last := max(tokenizers[name].get_vocab().values(), default=0)) >= count:
+            raise ModelFolderError(
+                f"{info.folder / name}: has a token {last}, and the text encoder has {count}: parts of two models"
+            )
+    if "feature_extractor" in classes:
+        # the same numbers whether torchvision is here or not
+        tokenizers["feature_extractor"] = SiglipImageProcessorPil(**_checked_config(info, "feature_extractor"))
+    return tokenizers
 
 
 def _load_tokenizer(folder: Path, class_name: str) -> Any:
@@ -128,13 +171,14 @@ def _load_tokenizer(folder: Path, class_name: str) -> Any:
     # letter by letter without their spaces. What tokenizer.json says is right.
     if class_name.startswith("Llama") and (folder / "tokenizer.json").is_file():
         class_name = "PreTrainedTokenizerFast"
-    if class_name.startswith("SiglipImageProcessor"):
-        class_name = "SiglipImageProcessorPil"  # the same numbers whether torchvision is here or not
     tokenizer = getattr(transformers, class_name)
     try:
         return tokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ModelFolderError(f"{folder}: the tokenizer cannot be loaded: {error}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # tokenizers raises Exception itself, and transformers whatever a wrong type leads to
+        reason = shown_line(" ".join(f"{type(error).__name__}: {error}".split()))
+        raise ModelFolderError(f"{folder}: the tokenizer cannot be loaded: {reason}; get it again") from error
 
 
 @contextmanager

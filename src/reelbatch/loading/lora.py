@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -16,18 +17,27 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from reelbatch.loading.lora_settings import PREFIX, adapter_config, check_scale, for_peft
 from reelbatch.loading.parameter_names import to_diffusers, to_kohya
+from reelbatch.loading.stored import FLOATS
+from reelbatch.wording import printable, shown_line
 
 if TYPE_CHECKING:
     from reelbatch.models.hunyuan_video.transformer import HunyuanVideoTransformer3DModel
 
-PREFIX = "transformer."
 SHOWN = 3
-SUFFIXES = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector", ".lora_A.bias", ".lora_B.bias")
+SUFFIXES = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector", ".lora_B.bias")
+LONGEST = 200
+"""Characters of a weight's name in a message."""
+SMALL = 2**26
+"""Numbers that any LoRA file may hold; one of more may hold twice as many as its network."""
 
 
 class LoraError(ValueError):
     """A LoRA file that cannot be used; the message names it and what is wrong."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 def parse_lora(text: str) -> tuple[Path, float]:
@@ -36,21 +46,35 @@ def parse_lora(text: str) -> tuple[Path, float]:
     if not colon or ("/" in last or "\\" in last or last.endswith(".safetensors")):
         return Path(text).expanduser(), 1.0
     try:
-        return Path(name).expanduser(), float(last)
+        scale = float(last)
     except ValueError:
         raise LoraError(
             f"--lora {text}: {last!r} is no scale; give FILE or FILE:scale, as style.safetensors:0.8"
         ) from None
+    return Path(name).expanduser(), _checked_scale(scale, f"--lora {text}")
+
+
+def _checked_scale(scale: float, name: str) -> float:
+    try:
+        return check_scale(scale, name)
+    except ValueError as error:
+        raise LoraError(str(error)) from None
 
 
 def lora_label(path: str | Path, scale: float) -> str:
-    """What to call a LoRA: its file's name, its scale, and the beginning of the SHA-256 of its bytes."""
+    """What to call a LoRA: its file's name, its scale, and the beginning of its hash. Raises LoraError."""
+    return f"{Path(path).name}:{scale:g} ({lora_hash(path)[:12]})"
+
+
+def lora_hash(path: str | Path) -> str:
+    """The SHA-256 of a LoRA file's bytes. Raises LoraError for a file that cannot be read."""
     try:
         about = Path(path).stat()
-        digest = _file_hash(Path(path).absolute(), about.st_size, about.st_mtime_ns)
+        return _file_hash(Path(path).absolute(), about.st_size, about.st_mtime_ns)
     except OSError as error:
         raise LoraError(f"{path}: cannot be read: {error.strerror}") from None
-    return f"{Path(path).name}:{scale:g} ({digest[:12]})"
+    except ValueError as error:  # no path, such as one with a NUL
+        raise LoraError(f"{path}: cannot be read: {error}") from None
 
 
 @cache
@@ -70,57 +94,75 @@ def load_loras(transformer: HunyuanVideoTransformer3DModel, files: Sequence[tupl
         LoraError: for a file that cannot be read, and for one whose weights are not those of this network; the network
             is then as it was.
     """
-    read = [(_read(Path(path), transformer), scale) for path, scale in files]
-    names = []
-    for number, ((weights, config), _) in enumerate(read):
-        name = f"lora_{number}"
-        metadata = {f"{PREFIX}{key}": value for key, value in config.items()}
-        transformer.load_lora_adapter(weights, prefix="transformer", adapter_name=name, metadata=metadata)
+    read = [
+        (Path(path), _read(Path(path), transformer), _checked_scale(scale, f"--lora {path}")) for path, scale in files
+    ]
+    names: list[str] = []
+    for path, (weights, config), _ in read:
+        name = f"lora_{len(names)}"
+        metadata = {f"{PREFIX}{key}": value for key, value in for_peft(config).items()}
+        try:
+            transformer.load_lora_adapter(weights, prefix="transformer", adapter_name=name, metadata=metadata)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            if names:
+                transformer.delete_adapters(names)
+            raise LoraError(f"{path}: cannot be put beside the network's weights ({error})") from error
         names.append(name)
     if names:
-        transformer.set_adapters(names, [scale for _, scale in read])
+        transformer.set_adapters(names, [scale for *_, scale in read])
         transformer.requires_grad_(False)
 
 
+def check_loras(transformer: nn.Module, files: Sequence[tuple[str | Path, float]]) -> None:
+    """Raises LoraError as `load_loras` would; the transformer's shapes are enough, so it may be on the meta device."""
+    for path, _ in files:
+        _read(Path(path), transformer)
+
+
 def _read(path: Path, transformer: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Checked weights under Diffusers' names, and PEFT's configuration: the file's own, or what its shapes say."""
-    try:
-        with safe_open(path, "pt") as file:
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            known = file.metadata() or {}
-    except FileNotFoundError:
-        raise LoraError(f"{path}: no such file") from None
-    except (OSError, SafetensorError) as error:
-        raise LoraError(f"{path}: is no whole safetensors file ({error})") from None
+    """Checked weights under Diffusers' names, and PEFT's configuration (`adapter_config`)."""
+    weights, known = _read_file(path, transformer)
     try:
         converted = to_diffusers(weights, layer_widths(transformer))
     except ValueError as error:
-        raise LoraError(f"{path}: {error}") from None
+        raise LoraError(f"{path}: {shown_line(str(error), 1000)}") from None
     if faults := _faults(converted, transformer):
         more = f", and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
         raise LoraError(f"{path}: is no LoRA of this model: {'; '.join(faults[:SHOWN])}{more}")
-    config = json.loads(known.get(LORA_ADAPTER_METADATA_KEY, "{}"))
-    own = {name.removeprefix(PREFIX): value for name, value in config.items() if name.startswith(PREFIX)}
-    return converted, own or _config_of(converted)
+    ranks = {_layer(name): len(tensor) for name, tensor in converted.items() if name.endswith(SUFFIXES[0])}
+    dora, bias = (any(name.endswith(suffix) for name in converted) for suffix in SUFFIXES[2:])
+    if bias:  # PEFT would warn of those that are missing
+        outputs = layer_widths(transformer)
+        absent = {f"{PREFIX}{layer}{SUFFIXES[3]}": layer for layer in ranks}
+        converted = {name: torch.zeros(outputs[layer]) for name, layer in absent.items()} | converted
+    try:
+        return converted, adapter_config(known, ranks, dora=dora, bias=bias)
+    except ValueError as error:
+        raise LoraError(f"{path}: {error}") from None
 
 
-def _config_of(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """PEFT's configuration of weights that act as they are, with a scale of 1.
-
-    Diffusers would guess it, and gives layers of another rank than the first a wrong scale.
-    """
-    ranks = {_layer(name): len(tensor) for name, tensor in weights.items() if name.endswith(SUFFIXES[0])}
-    usual = next(iter(ranks.values()))
-    others = {f"^{layer}": rank for layer, rank in ranks.items() if rank != usual}
-    return {
-        "r": usual,
-        "lora_alpha": usual,
-        "rank_pattern": others,
-        "alpha_pattern": others,
-        "target_modules": list(ranks),
-        "use_dora": any(name.endswith(SUFFIXES[2]) for name in weights),
-        "lora_bias": any(name.endswith(SUFFIXES[4]) for name in weights),
-    }
+def _read_file(path: Path, transformer: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a file, once what it holds is known to be of a LoRA's size."""
+    most = max(SMALL, 2 * sum(parameter.numel() for parameter in transformer.parameters()))
+    try:
+        if path.exists() and not path.is_file():
+            raise LoraError(f"{path}: is no file; give a safetensors file")
+        with safe_open(path, "pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            count = sum(math.prod(part.get_shape()) for part in slices.values())
+            if count > most:
+                raise LoraError(f"{path}: holds {count} numbers; a LoRA of this model has {most} at most")
+            if other := [name for name, part in slices.items() if part.get_dtype() not in FLOATS]:
+                raise LoraError(
+                    f"{path}: holds {other[0]} in {slices[other[0]].get_dtype()}; weights are floating point"
+                )
+            return {name: file.get_tensor(name) for name in slices}, file.metadata() or {}
+    except FileNotFoundError:
+        raise LoraError(f"{path}: no such file") from None
+    except LoraError:
+        raise
+    except (OSError, SafetensorError, ValueError) as error:
+        raise LoraError(f"{path}: is no whole safetensors file ({shown_line(str(error))})") from None
 
 
 def _layer(name: str) -> str:
@@ -138,10 +180,10 @@ def _faults(weights: Mapping[str, Tensor], transformer: nn.Module) -> list[str]:
         suffix = next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
         layer = name.removeprefix(PREFIX).removesuffix(suffix or "")
         if suffix is None:
-            faults.append(f"unexpected {name}")
+            faults.append(f"unexpected {name[:LONGEST]}")
         elif layer not in layers:
-            near = difflib.get_close_matches(layer, layers, n=1)
-            faults.append(f"unexpected {name}" + (f" (near: {near[0]})" if near else ""))
+            near = difflib.get_close_matches(layer[:LONGEST], layers, n=1) if len(faults) < SHOWN else []
+            faults.append(f"unexpected {name[:LONGEST]}" + (f" (near: {near[0]})" if near else ""))
         else:
             parts.setdefault(layer, {})[suffix] = tensor
     for layer, pair in parts.items():
@@ -149,33 +191,43 @@ def _faults(weights: Mapping[str, Tensor], transformer: nn.Module) -> list[str]:
         if a is None or b is None:
             faults.append(f"missing {layer}{SUFFIXES[0] if a is None else SUFFIXES[1]}")
             continue
-        out, into = layers[layer]
-        if a.shape[1] != into or b.shape[0] != out or a.shape[0] != b.shape[1]:
-            faults.append(
-                f"{layer} has A {list(a.shape)} and B {list(b.shape)}; the layer takes {into} and gives {out}"
-            )
-        if not (a.isfinite().all() and b.isfinite().all()):
+        out, into, kernel = layers[layer]
+        rank = len(a) if a.ndim else 0
+        point = (1,) * len(kernel)
+        magnitude = (1, out, *point) if kernel else (out,)
+        wanted = dict(zip(SUFFIXES, ((rank, into, *kernel), (out, rank, *point), magnitude, (out,)), strict=True))
+        if rank == 0 or any(tuple(tensor.shape) != wanted[suffix] for suffix, tensor in pair.items()):
+            shapes = ", ".join(f"{suffix[1:]} {list(tensor.shape)}" for suffix, tensor in pair.items())
+            faults.append(f"{layer} has {shapes}; the layer takes {into} and gives {out}")
+        elif not all(_is_finite(tensor) for tensor in pair.values()):
             faults.append(f"{layer} holds NaN or infinity")
+    magnitudes = sum(SUFFIXES[2] in pair for pair in parts.values())
+    if 0 < magnitudes < len(parts):
+        faults.append(f"only {magnitudes} of {len(parts)} layers have a magnitude (DoRA)")
     return faults or ([] if parts else ["there is no LoRA weight in it"])
 
 
-def _layers(transformer: nn.Module) -> dict[str, tuple[int, int]]:
-    """Outputs and inputs of every linear layer and convolution, by name; those of LoRAs beside them are left out."""
-    sizes = {}
+def _is_finite(tensor: Tensor) -> bool:
+    return bool((tensor if tensor.dtype.itemsize > 1 else tensor.float()).isfinite().all())
+
+
+def _layers(transformer: nn.Module) -> dict[str, tuple[int, int, tuple[int, ...]]]:
+    """Outputs, inputs and kernel of every linear layer and convolution, by name; those of LoRAs are left out."""
+    sizes: dict[str, tuple[int, int, tuple[int, ...]]] = {}
     for name, module in transformer.named_modules():
         if ".lora_" in name:
             continue
         name = name.removesuffix(".base_layer").replace(".base_layer.", ".")
         if isinstance(module, nn.Linear):
-            sizes[name] = (module.out_features, module.in_features)
+            sizes[name] = (module.out_features, module.in_features, ())
         elif isinstance(module, nn.Conv3d):
-            sizes[name] = (module.out_channels, module.in_channels)
+            sizes[name] = (module.out_channels, module.in_channels, tuple(module.kernel_size))
     return sizes
 
 
 def layer_widths(transformer: nn.Module) -> dict[str, int]:
     """Outputs of every layer that a LoRA can be beside, by Diffusers' name."""
-    return {name: out for name, (out, _) in _layers(transformer).items()}
+    return {name: out for name, (out, _, _) in _layers(transformer).items()}
 
 
 def lora_weights(
@@ -245,13 +297,10 @@ def convert_file(source: Path, to: Path, form: str, transformer: nn.Module) -> N
 
 def _alphas(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, float]:
     """The alpha of each layer as kohya means it, which acts with alpha / rank."""
-    from peft.utils.other import get_pattern_key
-
-    patterns = config.get("alpha_pattern") or {}
     alphas = {}
     for name, down in weights.items():
         if name.endswith(SUFFIXES[0]):
             layer = _layer(name)
-            alpha = float(patterns.get(get_pattern_key(patterns, layer), config["lora_alpha"]))
-            alphas[layer] = alpha * len(down) ** 0.5 if config.get("use_rslora") else alpha
+            alpha = float(config["alpha_pattern"].get(f"^{layer}", config["lora_alpha"]))
+            alphas[layer] = alpha * len(down) ** 0.5 if config["use_rslora"] else alpha
     return alphas

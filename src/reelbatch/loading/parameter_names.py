@@ -92,7 +92,9 @@ def to_diffusers(weights: Mapping[str, Tensor], outputs: Mapping[str, int]) -> d
     Raises:
         ValueError: for names or shapes of no layer of this network.
     """
-    weights = {_without_prefix(name): tensor for name, tensor in weights.items()}
+    given, weights = len(weights), {_without_prefix(name): tensor for name, tensor in weights.items()}
+    if len(weights) < given:
+        raise ValueError(f"{given - len(weights)} weights are there twice, under names with another beginning")
     kohya = any(name.startswith(KOHYA) for name in weights)
     ours = not kohya and not any(re.match(r"(double|single)_blocks\.|txt_in\.", name) for name in weights)
     if ours:
@@ -101,7 +103,7 @@ def to_diffusers(weights: Mapping[str, Tensor], outputs: Mapping[str, int]) -> d
     for layer, pair in _pairs(weights).items():
         targets = _diffusers_layers(layer)
         if targets is None or any(target not in outputs for target in targets):
-            raise ValueError(f"there are weights for {layer}, which is no layer of this network")
+            raise ValueError(f"there are weights for {_short(layer)}, which is no layer of this network")
         widths = [outputs[target] for target in targets]
         if sum(widths) != len(pair.up):
             raise ValueError(f"the weights for {layer} give {len(pair.up)} outputs; this network has {sum(widths)}")
@@ -172,17 +174,25 @@ def _pairs(weights: Mapping[str, Tensor]) -> dict[str, Pair]:
         elif kind in ("B.weight", "up.weight"):
             ups[layer] = tensor
         elif kind == "alpha":
+            if tensor.numel() != 1 or not tensor.isfinite().all():
+                raise ValueError(f"{_short(name)} must be one finite number, and is {list(tensor.shape)}")
             alphas[layer] = float(tensor)
         else:
             raise ValueError(
-                f"{name!r} is none of lora_A.weight, lora_B.weight, lora_down.weight, lora_up.weight, alpha"
+                f"{_short(name)!r} is none of lora_A.weight, lora_B.weight, lora_down.weight, lora_up.weight, alpha"
             )
     if alone := sorted(downs.keys() ^ ups.keys()):
-        raise ValueError(f"of {alone[0]} there is only one of the two matrices of a LoRA")
+        raise ValueError(f"of {_short(alone[0])} there is only one of the two matrices of a LoRA")
     for layer, down in downs.items():
-        if down.ndim != 2 or ups[layer].ndim != 2 or len(down) != ups[layer].shape[1]:
-            raise ValueError(f"the matrices of {layer} are {list(down.shape)} and {list(ups[layer].shape)}; no LoRA is")
+        if down.ndim != 2 or ups[layer].ndim != 2 or len(down) != ups[layer].shape[1] or len(down) == 0:
+            raise ValueError(
+                f"the matrices of {_short(layer)} are {list(down.shape)} and {list(ups[layer].shape)}; no LoRA is"
+            )
     return {layer: Pair(down, ups[layer], alphas.get(layer, len(down)) / len(down)) for layer, down in downs.items()}
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 200 else f"{name[:197]}..."
 
 
 def _without_prefix(name: str) -> str:

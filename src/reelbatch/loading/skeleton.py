@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from reelbatch.loading import hunyuan_video
+from reelbatch.loading.configs import Config, build, check_config
 from reelbatch.loading.inspection import inspect
 from reelbatch.loading.layout import Contents, Layout
 from reelbatch.loading.precision import NOT_CONVERTED, Precision
 from reelbatch.models.family import Family
 from reelbatch.models.prompts import PromptTemplate
+from reelbatch.outside_json import read_object
 from reelbatch.request import ModelLimits
 from reelbatch.tracing import FAKE
 
@@ -58,15 +58,21 @@ def from_folder(folder: Path, precision: Precision, device: torch.device) -> Fam
         ValueError: if a config.json is missing or cannot be read.
     """
     info = inspect(folder)
-    configs = {part: _read_config(folder / part) for part in info.layout.networks}
+    configs = {part: _read_config(folder / part, info.layout.configs[part]) for part in info.layout.networks}
     return _family(info.layout, configs, precision, device, info.limits, info.flow_shift, info.profile.prompt_template)
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _read_config(folder: Path, kind: type[Config]) -> dict[str, Any]:
+    path = folder / "config.json"
     try:
-        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder / 'config.json'}: cannot be read ({error}); a plan needs it") from None
+        config, faults = check_config(kind, read_object(path, "a plan needs it"))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error}); a plan needs it") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if faults:
+        raise ValueError("\n".join(f"{path}: {fault}" for fault in faults))
+    return config
 
 
 def _family(
@@ -79,8 +85,7 @@ def _family(
     template: PromptTemplate | None,
 ) -> Family:
     where = device if device.type == "cpu" or torch.cuda.is_available() else torch.device("cpu")
-    with torch.device("meta"):
-        networks = {name: _network(kind, configs[name]) for name, kind in layout.networks.items()}
+    networks: dict[str, Any] = {name: build(kind, configs[name]) for name, kind in layout.networks.items()}
     if precision.int8:
         _to_int8(networks["transformer"])
     for name, network in networks.items():
@@ -91,13 +96,6 @@ def _family(
         side = networks["image_encoder"].config.image_size
         tokenizers["feature_extractor"] = SiglipImageProcessorPil(size={"height": side, "width": side})
     return layout.build(Contents(networks, tokenizers, template, limits, flow_shift, where))
-
-
-def _network(kind: Any, config: Mapping[str, Any]) -> Any:
-    """Diffusers' networks are made of dictionaries, transformers' of configurations."""
-    if issubclass(kind, transformers.PreTrainedModel):
-        return kind(kind.config_class(**config))
-    return kind.from_config(dict(config))
 
 
 def _fake_weights(network: nn.Module, dtype: torch.dtype, device: torch.device) -> None:

@@ -88,11 +88,11 @@ def fit(pairs: Sequence[tuple[int, int]]) -> Correction:
 def find(wanted: Identity) -> Stored:
     """The stored calibration of a model on a device that is here."""
     try:
-        text = _path(wanted).read_text(encoding="utf-8")
+        content = _path(wanted).read_bytes()
     except OSError:
         return Stored()
     try:
-        calibration = Calibration.model_validate_json(text)
+        calibration = Calibration.model_validate_json(content)
     except ValueError:
         return Stored(None, f"{_path(wanted).name} is damaged or of another version")
     if calibration.estimates != ESTIMATES:

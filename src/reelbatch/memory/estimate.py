@@ -61,7 +61,7 @@ def how_far_off(device: torch.device | str) -> str:
     spans = (f"{-low:.0%} too low to {high:.0%} too high" for low, high in (STEPS_OFF, DECODES_OFF))
     on_cpu = "on the CPU those of steps have been {}, of decodes {}".format(*spans)
     if torch.device(device).type == "cpu":
-        return f"These are estimates: {on_cpu} (benchmarks/memory_plan.py measures it)."
+        return f"These are estimates: {on_cpu} (`reelbatch plan --calibrate` measures it here)."
     return f"These are estimates, not yet compared with a GPU's real use; {on_cpu}."
 
 
@@ -131,7 +131,9 @@ class Estimator:
 
     def text(self, request: VideoRequest) -> int:
         """Encoding the longest text that is read."""
-        return self._margin.added_to(self._texts(_alike(request)))
+        limits = self.family.limits
+        smallest = {"height": limits.spatial_stride, "width": limits.spatial_stride, "frames": 1, "vae_tiling": None}
+        return self._margin.added_to(self._texts(_alike(request).model_copy(update=smallest)))  # whatever its size
 
     def step(self, requests: Sequence[VideoRequest]) -> int:
         """A step that these requests share, with what is kept of each between steps.

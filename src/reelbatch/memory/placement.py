@@ -9,7 +9,7 @@ the CPU is the device, on disk.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -70,6 +70,45 @@ class Relief(NamedTuple):
     what: str
     entered: Callable[[], AbstractContextManager[None]]
     exact: bool = True
+
+
+ReliefKind = Literal["evict", "blocks", "cpu"]
+
+
+def relief_kinds(
+    phase: Phase,
+    parts: Collection[tuple[Collection[Phase], bool]],
+    offload: Offload,
+    device: torch.device,
+    storable: bool = True,
+) -> list[ReliefKind]:
+    """What can be done for a phase that runs out of memory, the cheapest first: by where weights can go, and whether
+    there is a slower device to compute on.
+
+    Args:
+        parts: the phases that each network works in, and whether its weights can come block by block.
+        storable: whether the weights can be written to disk, which is where those of a CPU go.
+    """
+    on_cpu = device.type == "cpu"
+    kinds: list[ReliefKind] = []
+    if storable or not on_cpu:
+        if offload == "none" and any(phase not in phases for phases, _ in parts):
+            kinds.append("evict")
+        if offload != "block" and any(blockwise for phases, blockwise in parts if phase in phases):
+            kinds.append("blocks")
+    if not on_cpu and phase != "step":
+        kinds.append("cpu")
+    return kinds
+
+
+def relief_words(kind: ReliefKind, device: torch.device) -> str:
+    """A relief, as the end of "tried again …"."""
+    away = "disk" if device.type == "cpu" else "the CPU"
+    return {
+        "evict": f"with the other networks moved to {away}",
+        "blocks": "with weights that come block by block",
+        "cpu": "on the CPU",
+    }[kind]
 
 
 @dataclass
@@ -220,20 +259,16 @@ class Placement:
     # -- when memory runs out ----------------------------------------------------------------------
 
     def reliefs(self, phase: Phase) -> list[Relief]:
-        """What can be done for a phase that runs out of memory, the cheapest first: by where weights can go, and
-        whether there is a slower device to compute on."""
-        reliefs = []
+        """What can be done for a phase that runs out of memory, the cheapest first."""
         others = [other for other in PHASES if other != phase]
-        away = "the CPU" if self.device.type != "cpu" else "disk"
-        if self.device.type != "cpu" or self.storable:
-            if self.offload == "none" and any(phase not in part.phases for part in self._parts):
-                what = f"with the other networks moved to {away}"
-                reliefs.append(Relief(what, lambda: self.evicted(*others)))
-            if self.offload != "block" and any(part.blockwise for part in self._of(phase)):
-                reliefs.append(Relief("with weights that come block by block", lambda: self.block_by_block(phase)))
-        if self.device.type != "cpu" and phase != "step":
-            reliefs.append(Relief("on the CPU", lambda: self.on_cpu(phase), exact=False))
-        return reliefs
+        entered: Mapping[ReliefKind, Callable[[], AbstractContextManager[None]]] = {
+            "evict": lambda: self.evicted(*others),
+            "blocks": lambda: self.block_by_block(phase),
+            "cpu": lambda: self.on_cpu(phase),
+        }
+        parts = [(part.phases, part.blockwise) for part in self._parts]
+        kinds = relief_kinds(phase, parts, self.offload, self.device, self.storable)
+        return [Relief(relief_words(kind, self.device), entered[kind], exact=kind != "cpu") for kind in kinds]
 
     @contextmanager
     def evicted(self, *phases: Phase) -> Iterator[None]:

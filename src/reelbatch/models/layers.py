@@ -20,17 +20,17 @@ from torch import Tensor, nn
 
 from reelbatch import ragged
 from reelbatch.attention import AUTO, Mask, ragged_attention
-from reelbatch.models.linear import ROWS, linear, pad_rows, padding_of
+from reelbatch.models.linear import ROWS, FewRowsLinear, linear, pad_rows, padding_of
+from reelbatch.models.pointwise import NORM_EPS, HeadNorm, gelu_feed_forward
 from reelbatch.ragged import Lengths
 from reelbatch.tracing import cached
 
-NORM_EPS = 1e-6
 Rows = Float[Tensor, "tokens dim"]
 VideoRows = Float[Tensor, "video_tokens dim"]
 TextRows = Float[Tensor, "text_tokens dim"]
 Parts = Float[Tensor, "parts dim"]
 Conditions = Float[Tensor, "padded_branches dim"]
-"""A row for each branch, and rows to ignore: padded once, no modulation is too small a product (`linear`)."""
+"""A row for each branch, and maybe rows to ignore; see `conditions`."""
 
 # --------------------------------------------------------------------------------------------------
 # What goes through the network
@@ -91,15 +91,21 @@ class TwoStreams:
 # Modulation and rotary embedding
 
 
+def conditions(padded: Conditions, count: int) -> Conditions:
+    """What the modulations are given of padded rows: few without their padding (`FewRowsLinear`), and more with it, so
+    that they are padded once."""
+    return padded[:count] if count < ROWS else padded
+
+
 class Modulation(nn.Module):
     """AdaLN modulation: the linear that turns a sample's condition into shifts, scales and gates (DiT, section 3.2)."""
 
     def __init__(self, dim: int, vectors: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(dim, vectors * dim)
+        self.linear = FewRowsLinear(dim, vectors * dim)
 
     def forward(self, condition: Conditions) -> tuple[Conditions, ...]:
-        return self.linear(condition).split(condition.shape[-1], dim=-1)
+        return linear(self.linear, condition).split(condition.shape[-1], dim=-1)
 
 
 def modulated_norm(rows: Rows, lengths: Lengths, shift: Parts, scale: Parts) -> Rows:
@@ -223,7 +229,7 @@ class Projections(nn.Module):
         self.to_v = nn.Linear(dim, dim)
 
     def _heads(self, rows: Float[Tensor, "tokens dim"]) -> Float[Tensor, "tokens heads head_dim"]:
-        return rows.unflatten(-1, (self.heads, -1))
+        return rows.view(len(rows), self.heads, rows.shape[-1] // self.heads)
 
 
 class RefinerAttention(Projections):
@@ -291,23 +297,12 @@ class TokenRefiner(nn.Module):
         means = [states.float().sum(0) / max(len(states), 1) for states in text]
         pooled = torch.stack(means).to(text[0].dtype)
         padding = padding_of(len(pooled), pooled)
-        condition = self.time_text_embed(pad_rows(timestep, padding), pad_rows(pooled, padding))
-        return self.token_refiner(linear(self.proj_in, ragged.join(text)), lengths, F.silu(condition))
+        condition = F.silu(self.time_text_embed(pad_rows(timestep, padding), pad_rows(pooled, padding)))
+        return self.token_refiner(linear(self.proj_in, ragged.join(text)), lengths, conditions(condition, len(pooled)))
 
 
 # --------------------------------------------------------------------------------------------------
 # Blocks
-
-
-class HeadNorm(nn.RMSNorm):
-    """RMS norm of each head's channels. The operations are PyTorch's, which has no kernel for it on a CPU, and so are
-    the bits; there are fewer tensors and calls."""
-
-    def forward(self, x: Float[Tensor, "tokens heads head_dim"]) -> Float[Tensor, "tokens heads head_dim"]:
-        if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_grad_enabled():
-            return super().forward(x)
-        scale = x.square().mean(-1, keepdim=True).add_(NORM_EPS).rsqrt_()
-        return x.mul(scale).mul_(self.weight)
 
 
 class JointAttention(Projections):
@@ -366,8 +361,8 @@ class DualStreamBlock(nn.Module):
         self.norm1 = Modulation(dim, 6)
         self.norm1_context = Modulation(dim, 6)
         self.attn = JointAttention(heads, head_dim, added=True)
-        self.ff = FeedForward(dim, mult=mlp_ratio, activation_fn="gelu-approximate")
-        self.ff_context = FeedForward(dim, mult=mlp_ratio, activation_fn="gelu-approximate")
+        self.ff = gelu_feed_forward(dim, mlp_ratio)
+        self.ff_context = gelu_feed_forward(dim, mlp_ratio)
 
     def forward(self, packs: list[TwoStreams]) -> list[TwoStreams]:
         return [self._pack(pack) for pack in packs]

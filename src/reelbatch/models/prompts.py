@@ -18,9 +18,12 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from reelbatch.models.linear import pad_linears
 from reelbatch.tracing import cached
+from reelbatch.wording import shown
 
 HIDDEN_STATE = -3
 """Which of the hidden states conditions the video: the output of the last layer but two, without the final norm."""
+MAX_TEMPLATE_LENGTH = 20_000
+"""Characters. HunyuanVideo's own template has about 500."""
 
 
 class PromptCutWarning(UserWarning):
@@ -41,14 +44,21 @@ class PromptTemplate:
     crop_start: int | None = None
 
     def __post_init__(self) -> None:
+        name = f"prompt template {shown(self.template)}"
+        if len(self.template) > MAX_TEMPLATE_LENGTH:
+            raise ValueError(f"{name} has {len(self.template)} characters; {MAX_TEMPLATE_LENGTH} are read at most")
         try:
-            fields = [field for _, field, _, _ in string.Formatter().parse(self.template) if field is not None]
+            pieces = list(string.Formatter().parse(self.template))
         except ValueError as error:
-            raise ValueError(f"prompt template {self.template!r} is not a format string: {error}") from None
-        if fields != [""]:
-            raise ValueError(f"prompt template {self.template!r} must hold exactly one {{}}, the place of the prompt")
-        if self.crop_start is not None and self.crop_start < 0:
-            raise ValueError(f"prompt template's crop_start is {self.crop_start}; it counts tokens, so 0 or more")
+            raise ValueError(f"{name} is not a format string: {error}") from None
+        # a width, as in {:>999999999}, would be written out
+        if [piece[1:] for piece in pieces if piece[1] is not None] != [("", "", None)]:
+            raise ValueError(f"{name} must hold exactly one {{}}, the place of the prompt")
+        if self.crop_start is not None and not 0 <= self.crop_start <= MAX_TEMPLATE_LENGTH:
+            raise ValueError(
+                f"prompt template's crop_start is {shown(self.crop_start)}; it counts tokens, so it is a number from 0 "
+                f"to {MAX_TEMPLATE_LENGTH}"
+            )
 
     @property
     def prefix(self) -> str:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from reelbatch.attention import AUTO
 from reelbatch.models import layers
 from reelbatch.models.hunyuan_video import transformer as ours
+from reelbatch.models.linear import FewRowsLinear
 from reelbatch.models.packed import DIFFUSERS_BACKENDS
 from reelbatch.repairs.fix import CannotRepair, Fix, Undo, require_source
 from reelbatch.repairs.reclass import reclass, reclass_all, stands_in
@@ -219,7 +220,7 @@ def _restore_transformer(transformer: Any, undo: Undo) -> None:
 
 def _stand_ins_of(transformer: nn.Module) -> list[tuple[str, nn.Module, type]]:
     """Name, module and new class of every module whose class changes."""
-    stand_ins = []
+    stand_ins: list[tuple[str, nn.Module, type]] = []
     for name, module in transformer.named_modules():
         their = next((kind for kind in (*STAND_INS, attention_processor.Attention) if isinstance(module, kind)), None)
         if their is None:
@@ -231,6 +232,9 @@ def _stand_ins_of(transformer: nn.Module) -> list[tuple[str, nn.Module, type]]:
             stand_ins.append((name, module, attention))
         else:
             stand_ins.append((name, module, STAND_INS[their]))
+            product = getattr(module, "linear", None)
+            if issubclass(STAND_INS[their], layers.Modulation) and type(product) is nn.Linear:
+                stand_ins.append((f"{name}.linear", product, FewRowsLinear))
     return stand_ins
 
 

@@ -7,7 +7,11 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from reelbatch.outside_json import read_object
 
 STATE = "reelbatch.json"
 PATTERN = "step-{:07d}"
@@ -29,11 +33,14 @@ class Position:
         made_with: settings that a run that goes on from here must share.
     """
 
-    step: int = 0
-    sample: int = 0
-    seconds: float = 0.0
+    step: Annotated[int, Field(ge=0)] = 0
+    sample: Annotated[int, Field(ge=0)] = 0
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     clips: str = ""
     made_with: dict[str, Any] = field(default_factory=dict)
+
+
+_POSITION = TypeAdapter(Position)
 
 
 class Checkpoints:
@@ -112,9 +119,12 @@ class Checkpoints:
 
 def read_position(checkpoint: Path) -> Position:
     """Raises CheckpointError if it cannot be read."""
+    path, remedy = checkpoint / STATE, "resume from another checkpoint"
     try:
-        return Position(**json.loads((checkpoint / STATE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(
-            f"{checkpoint / STATE}: cannot be read ({error}); resume from another checkpoint"
-        ) from None
+        return _POSITION.validate_json(json.dumps(read_object(path, remedy)), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise CheckpointError(f"{path}: cannot be read ({reason}); {remedy}") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}") from None

@@ -11,6 +11,8 @@ import yaml  # type: ignore[import-untyped]
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from reelbatch.wording import shown
+
 WHAT = "What is trained"
 DATA = "What it is trained on"
 LEARNING = "How it learns"
@@ -183,7 +185,7 @@ def read_config(path: str | Path | None, overrides: Mapping[str, Any] | None = N
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read: {error.strerror}; give a YAML config file") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ConfigError(f"{path}: is no YAML: {' '.join(str(error).split())}") from None
         if content is not None and not isinstance(content, dict):
             raise ConfigError(f"{path}: holds a {type(content).__name__}; expected lines as `learning_rate: 1e-4`")
@@ -213,4 +215,4 @@ def _fault(details: ErrorDetails) -> str:
         annotation = TrainConfig.model_fields[field].annotation
         near = difflib.get_close_matches(str(details["input"]), [str(value) for value in get_args(annotation)], n=1)
         reason += f"; did you mean {near[0]}?" if near else ""
-    return f"{field}={details['input']!r}: {reason}"
+    return f"{field}={shown(details['input'])}: {reason}"

@@ -31,6 +31,7 @@ from reelbatch.train.method import prepare_network, trainable
 from reelbatch.train.optimizers import apply_settings, make_optimizer, make_schedule
 from reelbatch.train.report import Metrics, Outcome, Tally, line
 from reelbatch.train.samples import VALIDATION_LEVELS, Drawn, Samples
+from reelbatch.train.state import RunState
 from reelbatch.train.weights import TrainedWeights
 
 if TYPE_CHECKING:
@@ -118,9 +119,8 @@ class Run:
         self.wrapped, self.optimizer, self.schedule = accelerator.prepare(
             network, optimizer, make_schedule(config, optimizer)
         )
-        self.weights = TrainedWeights(
-            self.wrapped if is_sharded(accelerator) else network, config.ema_decay, accelerator
-        )
+        self.weights = TrainedWeights(self.wrapped if is_sharded(accelerator) else network, config.ema_decay)
+        self.state = RunState(accelerator, self.wrapped, self.optimizer, self.schedule, self.weights)
         with_average = self.weights.average is not None
         made_with = {"method": config.method, "optimizer": config.optimizer, "ema": with_average}
         self.position = Position(clips=self.dataset.hash(), made_with=made_with)
@@ -150,7 +150,7 @@ class Run:
             self.log("warning: the clips are not those of the checkpoint; what comes next is drawn from the new ones")
             position.clips = own.clips
         try:
-            self.accelerator.load_state(str(checkpoint))
+            self.state.load(checkpoint)
         except CheckpointError:
             raise
         except Exception as error:  # of any of the libraries that wrote it
@@ -344,7 +344,7 @@ class Run:
         try:
             path = self.checkpoints.save(
                 self.position,
-                lambda folder: accelerator.save_state(str(folder)),
+                self.state.save,
                 main=accelerator.is_main_process,
                 anywhere=self._anywhere,
             )

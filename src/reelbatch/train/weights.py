@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from reelbatch.train.checkpoints import CheckpointError
-from reelbatch.train.devices import is_sharded
 from reelbatch.train.method import trainable
+from reelbatch.train.state_files import write_state
 
 WEIGHTS_FILE = "trained.safetensors"
+AVERAGE = "average"
 
 
 class TrainedWeights:
-    """Registers itself with the accelerator, so that checkpoints hold what is trained and its average.
+    """What is trained, and its average.
 
     Args:
         network: with its trainable parameters; where weights are spread over devices, as accelerate returned it.
@@ -32,16 +32,12 @@ class TrainedWeights:
         average: of the parameters, or None.
     """
 
-    def __init__(self, network: nn.Module, ema_decay: float | None, accelerator: Accelerator) -> None:
-        self.network, self.accelerator = network, accelerator
+    def __init__(self, network: nn.Module, ema_decay: float | None) -> None:
+        self.network = network
         self.parameters = trainable(network)
         self.average: EMAModel | None = None
         if ema_decay is not None:
             self.average = EMAModel(self.parameters.values(), decay=ema_decay, use_ema_warmup=True, power=0.75)
-            accelerator.register_for_checkpointing(self.average)
-        if not is_sharded(accelerator):  # accelerate then saves each device's part
-            accelerator.register_save_state_pre_hook(self._save)
-            accelerator.register_load_state_pre_hook(self._load)
 
     def update_average(self) -> None:
         if self.average is not None:
@@ -62,20 +58,24 @@ class TrainedWeights:
                 self.average.restore(parameters)
             self.network.train()
 
-    # accelerate would save and load whole networks, of which a LoRA changes little
+    def save(self, folder: Path) -> None:
+        """Raises OSError."""
+        kept = {name: parameter.detach().cpu().contiguous() for name, parameter in self.parameters.items()}
+        save_file(kept, folder / WEIGHTS_FILE)
+        if self.average is not None:
+            write_state(folder, AVERAGE, self.average.state_dict())
 
-    def _save(self, models: list[Any], weights: list[dict[str, Tensor]], folder: str) -> None:
-        if self.accelerator.is_main_process:
-            kept = {name: parameter.detach().cpu().contiguous() for name, parameter in self.parameters.items()}
-            save_file(kept, Path(folder) / WEIGHTS_FILE)
-        weights.clear()
-
-    def _load(self, models: list[Any], folder: str) -> None:
-        models.clear()
-        kept = load_file(Path(folder) / WEIGHTS_FILE)
+    def load(self, folder: Path, read: Callable[[str], Any]) -> None:
+        """Raises CheckpointError for other weights than these. read: gives the state of a name."""
+        kept = load_file(folder / WEIGHTS_FILE)
+        average = None if self.average is None else read(AVERAGE)
         shapes = [{name: tensor.shape for name, tensor in some.items()} for some in (kept, self.parameters)]
-        if shapes[0] != shapes[1]:
+        averaged = shapes[1].values() if average is None else [tensor.shape for tensor in average["shadow_params"]]
+        if shapes[0] != shapes[1] or list(averaged) != list(shapes[1].values()):
             raise CheckpointError(f"{folder}: holds other weights than this config trains; resume with its config.yaml")
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(kept[name])
+        if self.average is not None:
+            self.average.load_state_dict(average)
+            self.average.to(device=next(iter(self.parameters.values())).device)

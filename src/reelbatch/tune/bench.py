@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -35,6 +36,7 @@ class Bench:
         budget: seconds for all of it; batch size 1 is measured whatever it takes.
         limits: of the choice; growing stops at the first size that breaks one.
         config: of the engine: attention.
+        command: the command that measures the same anew with a budget for this sweep of so many seconds.
         reference: videos that others of the same workload gave alone, to compare with (another dtype's, say).
         largest: batch size tried.
         memory_limit: bytes that are not to be passed; None asks the device.
@@ -46,6 +48,7 @@ class Bench:
         measured: figures so far.
         alone: the videos that were generated alone.
         steps: of the first repeat of a size.
+        needs: seconds of a budget with which a second size could have been measured; None unless time was lacking.
         notes: why growing stopped, and what could not be measured.
     """
 
@@ -54,6 +57,7 @@ class Bench:
     budget: float
     limits: Limits = NO_LIMITS
     config: EngineConfig = EngineConfig()  # noqa: RUF009  (frozen)
+    command: Callable[[float], str] = lambda seconds: f"reelbatch tune --budget {math.ceil(seconds / 60)}m"
     reference: Alone | None = None
     largest: int = 32
     memory_limit: int | None = None
@@ -65,6 +69,7 @@ class Bench:
         self.measured = Measurements(self.workload, str(self.model.precision), self.limits)
         self.alone: Alone | None = None
         self.steps = min(STEPS, self.workload.steps)
+        self.needs: float | None = None
         self.notes: list[str] = []
         self.gauge = memory_of(self.model.device)
         self._joules = energy_meter(self.model.device)
@@ -125,8 +130,8 @@ class Bench:
 
     def say(self, text: str, left: float | None = None, at_most: bool = False, done: bool = False) -> None:
         """What is going on. left: seconds; those of the budget if not given."""
-        at_most = at_most or left is None
-        self.on_update(Update(text, max(self.left(), 0.0) if left is None else left, at_most, done))
+        seconds = self.left() if left is None else left
+        self.on_update(Update(text, max(seconds, 0.0), at_most or left is None, done))
 
     def note(self, text: str) -> None:
         self.notes.append(text)

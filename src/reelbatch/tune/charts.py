@@ -31,6 +31,16 @@ STYLE = {
     "svg.fonttype": "path",
     "svg.hashsalt": "reelbatch",
 }
+PAGE_COLORS = {
+    "#ffffff": "card",
+    "#000000": "ink",
+    "#e5e7eb": "line",
+    "#6b7280": "soft",
+    "#b91c1c": "bad-edge",
+    COLORS["exact"]: "exact",
+    COLORS["packed"]: "packed",
+}
+"""The page's names of colors, which are others where a person prefers a dark page."""
 CHARTS = ("throughput", "latency", "memory", "drift")
 
 
@@ -48,11 +58,12 @@ def draw(
 
 
 def svg(figure: Figure) -> str:
-    """The drawing alone, to stand in a page: no XML head, no names of places elsewhere."""
+    """The drawing alone, to stand in a page: no XML head, no names of places elsewhere, in the page's colors."""
     out = io.StringIO()
     with rc_context(STYLE):
         figure.savefig(out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    return re.sub(r"<metadata>.*?</metadata>", "", re.sub(r"^.*?(?=<svg)", "", out.getvalue(), flags=re.S), flags=re.S)
+    drawing = re.sub(r"^.*?(?=<svg)|<metadata>.*?</metadata>", "", out.getvalue(), flags=re.S)
+    return re.sub("|".join(PAGE_COLORS), lambda color: f"var(--{PAGE_COLORS[color[0]]})", drawing)
 
 
 # -- the four --------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ def compare_all(bench: Bench) -> None:
             skipped.append(f"{key[1]} {key[0]}")
             continue
         left = min(sum(ahead), end - bench.clock())
-        bench.say(f"comparing the videos of batch size {key[1]}, {key[0]}", max(left, 0.0))
+        bench.say(f"comparing the videos of batch size {key[1]}, {key[0]}", left)
         compare_size(bench, alone, key)
     if skipped:
         bench.note(f"not compared with the videos alone, for want of time (--budget): {', '.join(skipped)}")

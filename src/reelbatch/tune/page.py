@@ -13,30 +13,39 @@ from reelbatch.tune.results import SweepResult
 from reelbatch.wording import duration
 
 CSS = """
-:root { color-scheme: light; --ink: #111827; --soft: #4b5563; --line: #e5e7eb; --good: #ecfdf5; --edge: #059669; }
+:root { color-scheme: light dark; --ink: #111827; --soft: #4b5563; --line: #e5e7eb; --ground: #f3f4f6; --card: #fff;
+  --good: #ecfdf5; --edge: #059669; --bad: #fef2f2; --bad-edge: #b91c1c; --warn: #fffbeb; --warn-edge: #d97706;
+  --exact: #1d4ed8; --packed: #c2410c; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e5e7eb; --soft: #a3adbb; --line: #374151; --ground: #0f141c; --card: #1a212c;
+    --good: #0b3327; --edge: #10b981; --bad: #3b1518; --bad-edge: #f87171; --warn: #362a10; --warn-edge: #f59e0b;
+    --exact: #7ea6ff; --packed: #fb923c; }
+}
 * { box-sizing: border-box; }
-body { margin: 0; background: #f3f4f6; color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
+body { margin: 0; background: var(--ground); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
 main { max-width: 1240px; margin: 0 auto; padding: 24px 20px 60px; }
 h1 { font-size: 1.15rem; margin: 0; } h2 { font-size: 1.05rem; margin: 28px 0 10px; }
 .about { color: var(--soft); margin: 2px 0 18px; font-size: .92rem; }
 .advice { background: var(--good); border: 2px solid var(--edge); border-radius: 12px; padding: 18px 22px;
   margin-bottom: 14px; }
-.advice.none { background: #fef2f2; border-color: #b91c1c; }
+.advice.none { background: var(--bad); border-color: var(--bad-edge); }
 .use { font-size: 1.9rem; font-weight: 700; line-height: 1.2; } .why { margin: 6px 0 0; max-width: 75ch; }
 .tiles { display: flex; flex-wrap: wrap; gap: 10px 34px; margin: 14px 0 0; padding: 0; list-style: none; }
 .tiles b { display: block; font-size: 1.25rem; } .tiles span { color: var(--soft); font-size: .88rem; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(440px, 1fr)); gap: 14px; }
-figure { margin: 0; background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: 10px; }
-figure svg { width: 100%; height: auto; display: block; }
-.scroll { overflow-x: auto; background: #fff; border: 1px solid var(--line); border-radius: 10px; }
+figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 10px; }
+figure svg { width: 100%; height: auto; display: block; fill: var(--ink); }
+.scroll { overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
 table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 6px 7px; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; } .words { text-align: left; }
 tr.chosen td { background: var(--good); font-weight: 700; }
-code { background: #fff; border: 1px solid var(--line); border-radius: 6px; padding: 2px 8px; font-size: .92rem; }
+code { background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: 2px 8px;
+  font-size: .92rem; }
 code.bare { border: 0; padding: 0; background: none; white-space: nowrap; font-size: .95em; }
 ul.facts { color: var(--soft); font-size: .92rem; padding-left: 20px; }
-.warn { background: #fffbeb; border: 1px solid #d97706; border-radius: 10px; padding: 10px 16px; margin-bottom: 14px; }
+.warn { background: var(--warn); border: 1px solid var(--warn-edge); border-radius: 10px; padding: 10px 16px;
+  margin-bottom: 14px; }
 @media (max-width: 520px) { .charts { grid-template-columns: 1fr; } .use { font-size: 1.4rem; } }
 """
 
@@ -93,7 +102,7 @@ def _advice(sweep: SweepResult, several: bool) -> str:
     of = f"{escape(sweep.dtype)}: " if several else ""
     if point is None or choice is None:
         return (
-            f'<section class="advice none"><div class="use">{of}No batch size fits</div>'
+            f'<section class="advice none"><div class="use">{of}{sweep.no_advice}</div>'
             f'<p class="why">{escape(sweep.why_none or "")}</p></section>'
         )
     tiles = "".join(f"<li><b>{escape(value)}</b><span>{escape(what)}</span></li>" for value, what in _tiles(point))

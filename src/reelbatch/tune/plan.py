@@ -1,108 +1,56 @@
-"""What a batch will cost in memory before anything is loaded, whether it fits, and what would make it fit."""
+"""What a batch will cost in memory before anything is loaded, and whether the engine can make it."""
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache, partial
-from itertools import product
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from reelbatch.device import choose_device, device_memory_bytes, gibibytes, held_bytes
 from reelbatch.engine.planner import Isolation
-from reelbatch.loading.hub import DEMO_FOLDER, REAL_MODEL, model_name
 from reelbatch.loading.identity import any_shape
 from reelbatch.loading.precision import Precision
-from reelbatch.loading.skeleton import from_folder, hunyuanvideo_13b
-from reelbatch.memory.calibration import Calibration, find
-from reelbatch.memory.estimate import Estimator, Plan, how_far_off
+from reelbatch.memory.calibration import Stored, find
+from reelbatch.memory.cards import Card, card
+from reelbatch.memory.estimate import Plan, how_far_off, margin
 from reelbatch.memory.placement import Offload
-from reelbatch.models.family import Family, Phase
+from reelbatch.models.family import Phase
 from reelbatch.request import VideoRequest
+from reelbatch.tune.reliefs import Outcome, outcomes
+from reelbatch.tune.remedies import Remedy, remedies
+from reelbatch.tune.setup import PLAIN_13B, Planned, Setup, model_folder, open_model
 
-PLAIN_13B = ("hunyuanvideo-13b", "hunyuanvideo", "13b", REAL_MODEL.lower())
-"""Names of HunyuanVideo (13B) that are planned from the configuration in the code, without a folder."""
-LARGEST_BATCH = 256
-"""Batches that are not looked beyond."""
 PHASES: Mapping[Phase, str] = {"text": "text encoding", "step": "a denoising step", "decode": "decoding"}
-
-
-class Planned:
-    """A model that is not loaded, with an estimator for each precision and isolation.
-
-    Args:
-        skeleton: the family in a precision.
-        device: where it is to run; it need not be here.
-    """
-
-    def __init__(self, name: str, skeleton: Callable[[Precision], Family], device: torch.device) -> None:
-        self.name, self.device = name, device
-        self.family = lru_cache(8)(skeleton)
-        self.estimator = lru_cache(16)(self._estimator)
-
-    def _estimator(self, precision: Precision, isolation: Isolation) -> Estimator:
-        return Estimator(self.family(precision), isolation, self.device)
-
-
-@dataclass(frozen=True)
-class Setup:
-    """A batch of equal videos, and how it is to run.
-
-    Attributes:
-        held: bytes that the process holds before the model is loaded; they count on a CPU.
-        calibration: what estimates are corrected by, in the dtype that it was measured in.
-    """
-
-    model: Planned
-    request: VideoRequest
-    batch_size: int
-    precision: Precision
-    isolation: Isolation = "exact"
-    offload: Offload = "none"
-    held: int = 0
-    calibration: Calibration | None = None
-
-    @property
-    def estimator(self) -> Estimator:
-        return self.model.estimator(self.precision, self.isolation)
-
-    def plan(self) -> Plan:
-        """The estimate, corrected where there is a calibration."""
-        estimated = self.estimator.plan([self.request] * self.batch_size, self.offload)
-        known = self.calibration
-        return known.corrected(estimated) if known and known.identity.dtype == str(self.precision) else estimated
-
-    def peak(self) -> int:
-        """Estimated bytes, with those that the process holds already."""
-        return self.held + self.plan().peak
-
-    def largest_batch(self, available: int) -> int:
-        """Videos of this kind that fit together, `LARGEST_BATCH` at most; 0 if not even one does."""
-        sizes = range(1, LARGEST_BATCH + 1)
-        return bisect_left(sizes, True, key=lambda size: replace(self, batch_size=size).peak() > available)
-
-
-@dataclass(frozen=True)
-class Remedy:
-    """Changes that make a batch fit, the estimated peak with them, and what they cost in words."""
-
-    changes: tuple[str, ...]
-    peak: int
+CUDA = torch.device("cuda")
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What `reelbatch plan` says. `remedies` are in the order of what they cost, the cheapest first."""
+    """What `reelbatch plan` says.
+
+    Attributes:
+        plan: the estimate of the batch as it is set.
+        available: bytes.
+        limited: whether `--max-memory` sets them, and not the device.
+        loads: whether the weights that must be there at once fit; if not, the engine does not open.
+        largest_batch: that fits as it is set.
+        outcomes: how each phase goes, with what the engine does by itself.
+        remedies: what to set so that it fits as it is set, the cheapest first.
+        card: that is planned for; None: a device of this machine.
+        refused: why a stored calibration is not used.
+    """
 
     setup: Setup
     plan: Plan
     available: int
+    limited: bool
+    loads: bool
     largest_batch: int
+    outcomes: tuple[Outcome, ...]
     remedies: tuple[Remedy, ...]
+    card: Card | None = None
     refused: str | None = None
 
     @property
@@ -113,17 +61,36 @@ class Answer:
         return self.refused and f"the stored calibration is not used: {self.refused}; run `reelbatch plan --calibrate`"
 
     @property
-    def fits(self) -> bool:
+    def fits_as_set(self) -> bool:
+        """Whether nothing has to be tried a second time, and nothing waits."""
         return self.setup.held + self.plan.peak <= self.available
+
+    @property
+    def fits(self) -> bool:
+        """Whether the engine makes these videos, with what it does by itself."""
+        return self.loads and all(outcome.fits for outcome in self.outcomes)
+
+    @property
+    def where(self) -> str:
+        return str(self.setup.model.device) if self.card is None else self.card.name
 
     @property
     def verdict(self) -> str:
         """In a sentence."""
-        peak, available = gibibytes(self.setup.held + self.plan.peak), gibibytes(self.available)
         worst = max(self.plan.phases, key=lambda phase: self.plan.phases[phase])
+        there = f"{gibibytes(self.available)}{' of --max-memory' if self.limited else ''}"
+        as_set = f"an estimated {gibibytes(self.setup.held + self.plan.peak)} at the peak ({PHASES[worst]})"
+        if self.fits_as_set:
+            return f"should fit: {as_set}, of {there}"
         if self.fits:
-            return f"should fit: an estimated {peak} at the peak ({PHASES[worst]}), of {available}"
-        return f"does not fit: an estimated {peak} at the peak ({PHASES[worst]}), and there are {available}"
+            used = "; ".join(_words(outcome) for outcome in self.outcomes if outcome.relief)
+            return f"should fit by what the engine does by itself: {used}. As it is set: {as_set}, of {there}"
+        if not self.loads:
+            weights = gibibytes(max(self.plan.weights.values()))
+            with_offload = f"with offload {self.setup.offload}"
+            return f"does not fit: the weights alone take {weights} {with_offload}, and there are {there}"
+        misses = "; ".join(_words(outcome) for outcome in self.outcomes if not outcome.fits)
+        return f"does not fit: at the least, {misses}, and there are {there}"
 
     def record(self) -> dict[str, Any]:
         """For JSON; sizes in bytes."""
@@ -132,6 +99,7 @@ class Answer:
         return {
             "model": setup.model.name,
             "device": str(setup.model.device),
+            "card": self.card and self.card.name,
             "dtype": str(setup.precision),
             "isolation": setup.isolation,
             "offload": setup.offload,
@@ -149,12 +117,25 @@ class Answer:
             "peak": setup.held + self.plan.peak,
             "available": self.available,
             "fits": self.fits,
+            "loads": self.loads,
+            "fits_as_set": self.fits_as_set,
+            "reliefs": [
+                {"phase": outcome.phase, "relief": outcome.relief, "peak": outcome.peak, "exact": outcome.exact}
+                for outcome in self.outcomes
+                if outcome.relief and self.fits
+            ],
             "largest_batch": self.largest_batch,
             "remedies": [{"changes": list(remedy.changes), "peak": remedy.peak} for remedy in self.remedies],
             "verdict": self.verdict,
             "calibrated": self.calibrated,
             "estimates": how_far_off(setup.model.device),
         }
+
+
+def _words(outcome: Outcome) -> str:
+    pixels = "" if outcome.exact else ", which changes pixels: --keep-pixels forbids it"
+    relief = f" {outcome.relief}" if outcome.relief else ""
+    return f"{PHASES[outcome.phase]}{relief} (an estimated {gibibytes(outcome.peak)}{pixels})"
 
 
 def answer(
@@ -167,6 +148,7 @@ def answer(
     cfg: bool = False,
     dtype: str = "auto",
     device: str = "auto",
+    on: str | None = None,
     isolation: Isolation = "exact",
     offload: Offload = "none",
     max_memory: int | None = None,
@@ -178,61 +160,52 @@ def answer(
         model: "demo", a folder in the Diffusers layout, or "hunyuanvideo-13b".
         height, width, frames: the model's own if not given.
         cfg: whether a second, unconditional branch runs.
-        max_memory: bytes; what the device has if not given.
+        device: of this machine; with `max_memory` also one that is not here.
+        on: a card by name or size, whatever this machine has; `device` is not looked at.
+        max_memory: bytes, as of `EngineConfig`; videos wait rather than pass it.
         vae_tiling: as of `VideoRequest`.
 
     Raises:
-        ValueError: for a model or a size that cannot be, and for a device that is not here without `max_memory`.
+        ValueError: for a model, a card or a size that cannot be; for a device that is not here without `max_memory`.
     """
-    where = _device(device, max_memory)
-    precision = Precision.parse(dtype, where)
+    chosen = None if on is None else card(on)
+    where = _device(device, max_memory) if chosen is None else CUDA
+    precision = Precision.parse(chosen.dtype if chosen and dtype == "auto" else dtype, where)
     planned = open_model(model, where)
     guided: dict[str, Any] = {"negative_prompt": "", "true_cfg": 2.0} if cfg else {}
     request = VideoRequest(prompt="-", height=height, width=width, frames=frames, vae_tiling=vae_tiling, **guided)
     request = request.for_model(planned.family(precision).limits)
     held = held_bytes("cpu") if where.type == "cpu" else 0
-    known, refused = _stored(model, planned, device, precision)
+    known, refused = Stored() if chosen else _stored(model, planned, device, precision)
     setup = Setup(planned, request, batch_size, precision, isolation, offload, held=held, calibration=known)
-    available = device_memory_bytes(where) if max_memory is None else max_memory
+    memory = _memory(where) if chosen is None else chosen.usable
+    limited = max_memory is not None and (memory is None or max_memory < memory)
+    available = max_memory if max_memory is not None and limited else memory or 0
     plan = setup.plan()
-    instead = () if held + plan.peak <= available else tuple(remedies(setup, available))
-    return Answer(setup, plan, available, setup.largest_batch(available), instead, refused)
+    fits = held + plan.peak <= available
+    return Answer(
+        setup,
+        plan,
+        available,
+        limited,
+        held + max(plan.weights.values()) + margin(where).bytes <= (memory or available),
+        setup.largest_batch(available),
+        outcomes(setup, available, limited),
+        () if fits else tuple(remedies(setup, available)),
+        chosen,
+        refused,
+    )
 
 
-def _stored(model: str, planned: Planned, device: str, precision: Precision) -> tuple[Calibration | None, str | None]:
+def _stored(model: str, planned: Planned, device: str, precision: Precision) -> Stored:
     """The calibration of a model and a device that are both here, or why the one that is stored is not used."""
     if model.lower() in PLAIN_13B:
-        return None, None
+        return Stored()
     try:
         choose_device(device)
     except ValueError:
-        return None, None
-    return find(any_shape(_model_folder(model), planned.name, planned.device, precision))
-
-
-def open_model(model: str, device: torch.device) -> Planned:
-    """A model that is planned for, without loading it.
-
-    Raises:
-        ValueError: if there is no such folder, or it lacks a configuration.
-    """
-    if model.lower() in PLAIN_13B:
-        return _plain_13b(device)
-    folder = _model_folder(model)
-    if not folder.is_dir():
-        raise ValueError(
-            f"model {model!r}: no such folder. A plan downloads nothing: give a model folder, demo, or {PLAIN_13B[0]}"
-        )
-    return Planned(model_name(folder), lambda precision: from_folder(folder, precision, device), device)
-
-
-@lru_cache(4)
-def _plain_13b(device: torch.device) -> Planned:
-    return Planned(PLAIN_13B[0], lambda precision: hunyuanvideo_13b(precision, device), device)
-
-
-def _model_folder(model: str) -> Path:
-    return DEMO_FOLDER if model == "demo" else Path(model).expanduser()
+        return Stored()
+    return find(any_shape(model_folder(model), planned.name, planned.device, precision))
 
 
 def _device(device: str, max_memory: int | None) -> torch.device:
@@ -241,63 +214,16 @@ def _device(device: str, max_memory: int | None) -> torch.device:
         try:
             return choose_device(device)
         except ValueError as error:
-            raise ValueError(f"{error}; to plan for a device that is not here, give its --max-memory") from None
+            raise ValueError(f"{error}; to plan for a card that is not here, name it with --on") from None
     try:
         return torch.device(device)
     except RuntimeError:
         raise ValueError(f"device {device!r} is unknown; give auto, cpu, cuda or cuda:N") from None
 
 
-# -- what would make it fit ------------------------------------------------------------------------
-
-Change = tuple[int, str, Callable[[Setup], Setup]]
-"""What it costs (a rank), what to call it, and the setup with it."""
-
-TILE_SIDES = ((1, 256), (2, 128))
-"""What VAE tiles cost, and their sides in pixels."""
-SMALLER_BATCH = 2
-
-
-def remedies(setup: Setup, available: int) -> list[Remedy]:
-    """Sets of changes with which the batch fits, none of which could be left out, the cheapest first.
-
-    Cheap is what costs little time and leaves the videos nearly as they are: VAE tiles, a smaller batch, offloading
-    what is not at work, a dtype of fewer bytes, offloading block by block.
-    """
-    candidates: list[tuple[int, frozenset[str], Remedy]] = []
-    for changes in sorted(_combinations(setup), key=lambda changes: sum(rank for rank, _, _ in changes)):
-        changed = setup
-        for _, _, change in changes:
-            changed = change(changed)
-        cost, names = sum(rank for rank, _, _ in changes), [name for _, name, _ in changes]
-        largest = changed.largest_batch(available)
-        if largest == 0:
-            continue
-        if largest < setup.batch_size:
-            changed = replace(changed, batch_size=largest)
-            cost += SMALLER_BATCH
-            names.append(f"--batch-size {largest}")
-        kinds = frozenset(name.split()[0] for name in names)
-        candidates.append((cost, kinds, Remedy(tuple(names), changed.peak())))
-    candidates.sort(key=lambda one: one[0])
-    needed = [one for i, one in enumerate(candidates) if not any(kinds <= one[1] for _, kinds, _ in candidates[:i])]
-    return [remedy for _, _, remedy in needed]
-
-
-def _combinations(setup: Setup) -> Iterator[Sequence[Change]]:
-    """Every choice of at most one change of each kind; a smaller batch is tried with each."""
-    kinds: list[list[Change | None]] = [[None], [None], [None]]
-    tiles = setup.estimator.family.tile_side(setup.request)
-    for cost, side in TILE_SIDES:
-        if tiles is None or tiles > side:
-            tiled = setup.request.model_copy(update={"vae_tiling": side})
-            kinds[0].append((cost, f"--vae-tiling {side}", partial(replace, request=tiled)))
-    if setup.offload == "none":
-        kinds[1].append((3, "--offload component", lambda s: replace(s, offload="component")))
-    if setup.offload != "block":
-        kinds[1].append((6, "--offload block", lambda s: replace(s, offload="block")))
-    half = torch.bfloat16
-    if setup.precision.transformer.itemsize > half.itemsize:
-        kinds[2].append((4, "--dtype bfloat16", lambda s: replace(s, precision=Precision(half, half, half))))
-    for choice in product(*kinds):
-        yield [change for change in choice if change is not None]
+def _memory(device: torch.device) -> int | None:
+    """All of a device's memory; None where the device is not here."""
+    try:
+        return device_memory_bytes(choose_device(device))
+    except ValueError:
+        return None

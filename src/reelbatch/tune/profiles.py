@@ -1,7 +1,7 @@
 """What was measured, kept for later runs: one small JSON file a profile in the user's cache directory.
 
-A profile holds for one model, its weights, device, dtype, attention kernel, versions and shapes, and for nothing else:
-`find` gives one that fits, or says why those that are there do not.
+A profile holds for one model, its weights, LoRAs, device, dtype, attention kernel, versions and shapes, and for nothing
+else: `find` gives one that fits, or says why those that are there do not.
 """
 
 from __future__ import annotations
@@ -23,7 +23,19 @@ from reelbatch.memory.identity import Identity
 from reelbatch.memory.placement import Offload
 from reelbatch.versions import versions
 
-__all__ = ["Advice", "Identity", "Lookup", "Profile", "advice", "find", "identity", "stale", "store", "stored"]
+__all__ = [
+    "Advice",
+    "Identity",
+    "Lookup",
+    "Profile",
+    "advice",
+    "find",
+    "forget",
+    "identity",
+    "stale",
+    "store",
+    "stored",
+]
 
 
 class Profile(BaseModel):
@@ -78,6 +90,25 @@ def stored() -> list[tuple[Path, Profile | str]]:
     """Every profile file with its profile, or with what is wrong with it; the latest measured first."""
     pairs = [(path, _read(path)) for path in sorted(_folder().glob("*.json"))]
     return sorted(pairs, key=lambda pair: pair[1].measured if isinstance(pair[1], Profile) else date.min, reverse=True)
+
+
+def forget(model: str, shapes: Sequence[str] = ()) -> list[tuple[Path, Profile | str]]:
+    """Removes the profiles of a model, with its damaged ones; returns what was removed, as `stored` does.
+
+    Args:
+        shapes: only those of exactly these, with and without classifier-free guidance.
+    """
+    wanted = {kind for shape in shapes for kind in (shape, f"{shape} cfg")}
+
+    def is_meant(path: Path, profile: Profile | str) -> bool:
+        if isinstance(profile, str):
+            return not wanted and re.fullmatch(f"{_readable(model)}-[0-9a-f]{{12}}", path.stem) is not None
+        return profile.identity.model == model and (not wanted or profile.identity.shapes in wanted)
+
+    removed = [pair for pair in stored() if is_meant(*pair)]
+    for path, _ in removed:
+        path.unlink(missing_ok=True)
+    return removed
 
 
 def find(wanted: Identity) -> Lookup:

@@ -199,7 +199,7 @@ def instead(sweep: SweepResult) -> str | None:
 def headline(sweep: SweepResult) -> str:
     """What to use, in a line."""
     if sweep.choice is None:
-        return f"No batch size fits ({sweep.dtype})"
+        return f"{sweep.no_advice} ({sweep.dtype})"
     use = f"--batch-size {sweep.choice.batch}" + ("" if sweep.offload == "none" else f" --offload {sweep.offload}")
     return f"Use {use}, {sweep.choice.isolation} isolation ({sweep.dtype})"
 

@@ -41,7 +41,7 @@ class SweepResult:
     """One workload in one dtype.
 
     Attributes:
-        choice: None if no size keeps to the limits; `why_none` then says why.
+        choice: None if no size keeps to the limits, or too little was measured; `why_none` then says why.
         matrix_flops: the measured matrix rate of the device, FLOP/s.
         memory_limit: bytes that were not to be passed. memory_what: whose they are.
         full_steps: denoising steps of a video. measured_steps: those measured at a time, at least.
@@ -50,6 +50,7 @@ class SweepResult:
         notes: why growing stopped, and what could not be measured.
         offload: which weights were on the device; those that came and went are in the figures of the phases, and not in
             `weights`.
+        too_little: whether too little was measured for advice; `why_none` says what is missing, and how to measure it.
     """
 
     workload: str
@@ -68,6 +69,12 @@ class SweepResult:
     interrupted: bool
     notes: tuple[str, ...]
     offload: Offload = "none"
+    too_little: bool = False
+
+    @property
+    def no_advice(self) -> str:
+        """A headline where there is no choice."""
+        return "Too little was measured to choose a batch size" if self.too_little else "No batch size fits"
 
     @property
     def chosen(self) -> Point | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import time
@@ -17,6 +18,7 @@ from reelbatch.loading.hub import ModelFolderError
 from reelbatch.loading.identity import identity
 from reelbatch.loading.inspection import ModelInfo
 from reelbatch.loading.load import load
+from reelbatch.loading.lora import lora_label
 from reelbatch.loading.model import Model
 from reelbatch.loading.precision import Precision
 from reelbatch.loading.skeleton import from_folder
@@ -44,7 +46,7 @@ class Tuning:
     """Measures, chooses, and stores the advice.
 
     Args:
-        config: of the engine: device and attention.
+        config: of the engine: device, attention and LoRAs.
         dtypes: in the order in which they are shown; "auto" is the device's own.
         against_fp32: whether quality is against fp32 alone, rather than against each dtype's own videos alone.
         offload: which weights are on the device; None takes the first that is estimated to fit one video of the
@@ -54,6 +56,7 @@ class Tuning:
         largest: batch size tried.
         memory_limit: bytes not to be passed; None asks the device.
         keep: whether profiles are stored. Those of a run that was stopped never are.
+        command: the command that measures the same anew, without its budget.
         on_update: called with what is going on.
         stopping: asked between steps.
 
@@ -72,6 +75,7 @@ class Tuning:
     largest: int = 32
     memory_limit: int | None = None
     keep: bool = True
+    command: str = "reelbatch tune"
     on_update: Callable[[Update], None] = lambda _: None
     stopping: Callable[[], bool] = lambda: False
 
@@ -101,7 +105,7 @@ class Tuning:
                 free_memory(whole=True)
                 model = self._load(dtype)
             left = max(self.budget - self._seconds(), 0.0)
-            self._sweep(model, workload, left / (len(runs) - number))
+            self._sweep(model, workload, left / (len(runs) - number), len(runs))
         if self.device.type == "cpu" and self._neighbours.cores() > BUSY_CORES:
             self._notes.append(
                 f"Other programs used {self._neighbours.cores():.1f} of {os.cpu_count()} cores meanwhile: on a quiet "
@@ -118,15 +122,16 @@ class Tuning:
         if kind is None:
             kind, note = first_that_fits(self.info, self.workloads, self.device, dtype, self.limits)
         self._notes += [note] if note and not why else []
-        return load(self.info.folder, self.device, dtype, offload=kind)
+        return load(self.info.folder, self.device, dtype, kind, self.config.loras)
 
-    def _sweep(self, model: Model, workload: Workload, budget: float) -> None:
+    def _sweep(self, model: Model, workload: Workload, budget: float, sweeps: int) -> None:
         sweep = Sweep(
             model,
             workload,
             budget,
             self.limits,
             self.config,
+            command=lambda seconds: self._again(seconds * sweeps),
             reference=self._references.get(workload.name),
             largest=self.largest,
             memory_limit=self.memory_limit,
@@ -136,6 +141,10 @@ class Tuning:
         self._results[workload.name, model.precision] = sweep.run()
         if self.against_fp32 and model.precision == self._fp32:
             self._references[workload.name] = sweep.alone
+
+    def _again(self, seconds: float) -> str:
+        """The command that measures the same in so much time, at least twice as much as now."""
+        return f"{self.command} --budget {math.ceil(max(seconds, 2 * self.budget) / 60)}m"
 
     def _generate_references(self) -> None:
         """Videos alone in fp32, for the quality of other dtypes; a note, where fp32 does not fit."""
@@ -165,7 +174,7 @@ class Tuning:
         about = self._identity("", self._dtypes[0])
         stored = [] if interrupted or not self.keep else [self._store(sweep) for sweep in sweeps if sweep.chosen]
         return Report(
-            model=self.info.name,
+            model=" + ".join([self.info.name, *(lora_label(path, scale) for path, scale in self.config.loras)]),
             weights=about.weights,
             device=about.device,
             versions=about.versions,
@@ -181,8 +190,10 @@ class Tuning:
         )
 
     def _identity(self, shapes: str, dtype: Precision | str) -> Identity:
-        folder, name, attention = self.info.folder, self.info.name, self.config.attention
-        return identity(folder, name, shapes, device=self.device, dtype=dtype, attention=attention)
+        folder, name, config = self.info.folder, self.info.name, self.config
+        return identity(
+            folder, name, shapes, device=self.device, dtype=dtype, attention=config.attention, loras=config.loras
+        )
 
     def _store(self, sweep: SweepResult) -> str:
         """Stores the advice of a sweep; returns its file."""

@@ -7,12 +7,14 @@ full run of the chosen size as a check of the extrapolation.
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
 
 from reelbatch.device import free_memory
 from reelbatch.tune.baseline import prepare
 from reelbatch.tune.bench import Bench
-from reelbatch.tune.choose import Choice
 from reelbatch.tune.comparison import TIME_SHARE, compare_all, generate_alone
+from reelbatch.tune.evidence import TooLittle, check_evidence
+from reelbatch.tune.figures import Point
 from reelbatch.tune.growth import Growth
 from reelbatch.tune.measure import DoesNotFit, Stopped
 from reelbatch.tune.measurements import ALONE
@@ -64,13 +66,15 @@ class Sweep(Bench):
             return None
 
     def _result(self, check: Check | None, interrupted: bool) -> SweepResult:
-        choice: Choice | None = None
-        why_none = None
+        choice, why_none, too_little = None, None, False
+        points = tuple(self.measured.points())
         try:
             choice = self.measured.choice()
+            check_evidence(points, choice, self.limits)
+        except TooLittle as error:
+            choice, why_none, too_little = None, f"{error} {self._more(points)}", True
         except ValueError as error:
             why_none = str(error)
-        points = tuple(self.measured.points())
         unequal = [p for p in points if p.isolation == "exact" and p.quality is not None and not p.quality.equal]
         if unequal:
             sizes = ", ".join(str(point.batch) for point in unequal)
@@ -92,4 +96,14 @@ class Sweep(Bench):
             interrupted=interrupted,
             notes=tuple(self.notes),
             offload=self.model.offload,
+            too_little=too_little,
         )
+
+    def _more(self, points: Sequence[Point]) -> str:
+        """What to do where too little was measured."""
+        if len(points) < 2 <= self.largest and self.needs is None:
+            return (
+                "A larger one does not keep to the memory or to the limits: nothing can be chosen; give --batch-size 1."
+            )
+        command = self.command(max(2 * self.budget, self.needs or 0.0))
+        return f"Nothing was stored. Measure more, while nothing else works on the machine: {command}"

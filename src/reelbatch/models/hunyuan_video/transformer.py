@@ -40,12 +40,14 @@ from reelbatch.models.layers import (
     PatchEmbed,
     TokenRefiner,
     TwoStreams,
+    conditions,
     gated_residual,
     make_layout,
     modulated_norm,
 )
 from reelbatch.models.linear import linear, pad_rows, padding_of
 from reelbatch.models.packed import PackedTransformer, check_heads
+from reelbatch.models.pointwise import gelu_tanh
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ class SingleStreamBlock(nn.Module):
         shift, scale, gate = self.norm(pack.part_condition)
         normed = modulated_norm(pack.tokens, lengths, shift, scale)
         attended = self.attn.one_stream(normed, pack.layout, pack.attend)
-        mlp = F.gelu(linear(self.proj_mlp, normed), approximate="tanh")
+        mlp = gelu_tanh(linear(self.proj_mlp, normed))
         update = linear(self.proj_out, torch.cat([attended, mlp], dim=-1))
         return replace(pack, tokens=gated_residual(pack.tokens, lengths, gate, update))
 
@@ -280,10 +282,10 @@ class HunyuanVideoTransformer3DModel(PackedTransformer):
             pad_rows(timestep, padding), pooled, None if guidance is None else pad_rows(guidance, padding)
         )
         # every modulation begins with this SiLU
-        condition = part_condition = F.silu(embedded)
+        condition = part_condition = conditions(F.silu(embedded), len(pack))
         first_frame_apart = self.config.image_condition_type == "token_replace"
         if first_frame_apart:
-            first_frames = F.silu(self.time_text_embed.of_first_frame(pooled))
+            first_frames = conditions(F.silu(self.time_text_embed.of_first_frame(pooled)), len(pack))
             part_condition = torch.stack([first_frames, condition], dim=1).flatten(0, 1)
         return TwoStreams(
             video=self.x_embedder([branch.latents for branch in pack]),

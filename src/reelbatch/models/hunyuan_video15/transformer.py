@@ -40,6 +40,7 @@ from reelbatch.models.layers import (
     PatchEmbed,
     TokenRefiner,
     TwoStreams,
+    conditions,
     make_layout,
     modulated_norm,
 )
@@ -211,7 +212,7 @@ class HunyuanVideo15Transformer3DModel(PackedTransformer):
             None if timestep_r is None else pad_rows(timestep_r, padding),
             pack[0].latents.dtype,
         )
-        condition = F.silu(embedded)  # every modulation begins with this SiLU
+        condition = conditions(F.silu(embedded), len(pack))  # every modulation begins with this SiLU
         return TwoStreams(
             video=self.x_embedder([branch.latents for branch in pack]),
             text=self._conditioning(pack, timestep),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import random
 import struct
 import warnings
 import zlib
@@ -88,6 +89,9 @@ def huge_png(width: int, height: int) -> bytes:
         (huge_png(60_000, 60_000), "has far more than the 67108864 pixels that are read"),
         (encoded(PIL.Image.new("RGB", (2, 2)), "TIFF"), "is no image in any of the formats"),
         ("no/such.png", r"no/such\.png: no such image file"),
+        ("half \ud800 a character.png", "is no path of a file"),
+        ("~nobody-has-this-name/a.png", "is no path of a file"),
+        ("x" * 5000, "File name too long"),
         ("", "must be the path of an image file, or its bytes"),
         (3, "must be the path of an image file, or its bytes"),
         ({"path": "a.png"}, "must be a path, bytes, or"),
@@ -98,8 +102,30 @@ def huge_png(width: int, height: int) -> bytes:
 def test_what_is_no_image_is_refused_in_words(given: Any, message: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(RequestError, match=f"image=.*{message}"):
+        with pytest.raises(RequestError, match=f"image=.*{message}") as refused:
             VideoRequest(prompt="a", image=given)
+        assert len(str(refused.value)) < 400
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP"])
+def test_damaged_bytes_are_refused_in_words_or_are_an_image(kind: str) -> None:
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    options = {} if kind == "BMP" else {"exif": exif}
+    whole = encoded(PIL.Image.effect_noise((9, 7), 50).convert("RGB"), kind, **options)
+    draw, refused = random.Random(kind), 0
+    for _ in range(150):
+        data = bytearray(whole[: draw.randrange(1, len(whole) + 1)] if draw.random() < 0.3 else whole)
+        for _ in range(draw.choice([1, 1, 4, 30])):
+            data[draw.randrange(len(data))] = draw.choice([0, 255, draw.randrange(256)])
+        try:
+            image = ImageSource.read(bytes(data)).open()
+        except ValueError as error:
+            assert type(error) is ValueError  # noqa: PT017
+            refused += 1
+        else:
+            assert image.mode == "RGB"
+    assert refused
 
 
 def test_files_are_bounded_before_they_are_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

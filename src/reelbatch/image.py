@@ -11,6 +11,7 @@ import base64
 import binascii
 import hashlib
 import io
+import os
 import warnings
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from reelbatch.wording import printable, shorten, shown_line
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 MAX_KNOWN = 4096
@@ -63,11 +66,11 @@ class ImageSource:
         if isinstance(given, bytes):
             path, data = None, given
         elif isinstance(given, str | Path) and str(given).strip():
-            path = Path(given).expanduser().absolute()
+            path = _path_of(given)
             data = _bytes_of(path)
         else:
             raise ValueError("must be the path of an image file, or its bytes")
-        name = "the image" if path is None else str(path)
+        name = "the image" if path is None else _shown(path)
         if len(data) > MAX_BYTES:
             raise ValueError(f"{name}: is {len(data)} bytes; at most {MAX_BYTES} are read")
         digest = hashlib.sha256(data).hexdigest()
@@ -94,18 +97,31 @@ class ImageSource:
         """
         data = self.data if self.path is None else _bytes_of(self.path)
         if data is None or hashlib.sha256(data).hexdigest() != self.sha256:
-            raise ValueError(f"{self.path}: is not the image that it was when it was asked for; put that one back")
+            name = "the image" if self.path is None else _shown(self.path)
+            raise ValueError(f"{name}: is not the image that it was when it was asked for; put that one back")
         return _open(data)
+
+
+def _shown(path: str | Path) -> str:
+    return printable(shorten(str(path), 200))
+
+
+def _path_of(given: str | Path) -> Path:
+    try:
+        os.fsencode(given)
+        return Path(given).expanduser().absolute()
+    except (UnicodeEncodeError, RuntimeError):  # half a character; "~" of somebody who is not known here
+        raise ValueError(f"{_shown(given)}: is no path of a file") from None
 
 
 def _bytes_of(path: Path) -> bytes:
     try:
         if not path.is_file():
-            raise ValueError(f"{path}: no such image file")
+            raise ValueError(f"{_shown(path)}: no such image file")
         with path.open("rb") as file:
             return file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+        raise ValueError(f"{_shown(path)}: cannot be read: {error.strerror}") from None
 
 
 def _decoded(text: Any) -> bytes:
@@ -143,8 +159,10 @@ def _open(data: bytes) -> Image.Image:
         raise ValueError(f"is no image in any of the formats {', '.join(FORMATS)}") from None
     except Image.DecompressionBombError:
         raise ValueError(f"has far more than the {MAX_PIXELS} pixels that are read") from None
-    except (OSError, SyntaxError, EOFError) as error:
-        raise ValueError(f"is a damaged image: {error}") from None
+    except (MemoryError, ValueError):
+        raise
+    except Exception as error:  # decoders raise what they like for bytes that make no sense
+        raise ValueError(f"is a damaged image: {shown_line(str(error)) or type(error).__name__}") from None
 
 
 def _flat(image: Image.Image) -> Image.Image:

@@ -88,6 +88,8 @@ def huge_png(width: int, height: int) -> bytes:
         (huge_png(60_000, 60_000), "has far more than the 67108864 pixels that are read"),
         (encoded(PIL.Image.new("RGB", (2, 2)), "TIFF"), "is no image in any of the formats"),
         ("no/such.png", r"no/such\.png: no such image file"),
+        ("~no-such-user/such.png", r"such\.png: no such image file"),
+        ("word " * 10_000 + "\x1b[31m", r"\.\.\.ord .{300,400}: "),
         ("", "must be the path of an image file, or its bytes"),
         (3, "must be the path of an image file, or its bytes"),
         ({"path": "a.png"}, "must be a path, bytes, or"),

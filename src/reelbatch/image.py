@@ -20,8 +20,11 @@ from typing import Any, Self
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from reelbatch.wording import printable, shown_line
+
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 MAX_KNOWN = 4096
+SHOWN_LETTERS = 400
 MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 2**26
 """8192 × 8192: decoded, 192 MiB."""
@@ -63,11 +66,11 @@ class ImageSource:
         if isinstance(given, bytes):
             path, data = None, given
         elif isinstance(given, str | Path) and str(given).strip():
-            path = Path(given).expanduser().absolute()
+            path = _expanded(Path(given)).absolute()
             data = _bytes_of(path)
         else:
             raise ValueError("must be the path of an image file, or its bytes")
-        name = "the image" if path is None else str(path)
+        name = "the image" if path is None else _named(path)
         if len(data) > MAX_BYTES:
             raise ValueError(f"{name}: is {len(data)} bytes; at most {MAX_BYTES} are read")
         digest = hashlib.sha256(data).hexdigest()
@@ -94,18 +97,33 @@ class ImageSource:
         """
         data = self.data if self.path is None else _bytes_of(self.path)
         if data is None or hashlib.sha256(data).hexdigest() != self.sha256:
-            raise ValueError(f"{self.path}: is not the image that it was when it was asked for; put that one back")
+            raise ValueError(
+                f"{_named(self.path)}: is not the image that it was when it was asked for; put that one back"
+            )
         return _open(data)
+
+
+def _expanded(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError:  # ~ of a user that there is not
+        return path
+
+
+def _named(path: Path | None) -> str:
+    """A path in a message; the end of a very long one."""
+    text = printable(str(path))
+    return text if len(text) <= SHOWN_LETTERS else f"...{text[3 - SHOWN_LETTERS :]}"
 
 
 def _bytes_of(path: Path) -> bytes:
     try:
         if not path.is_file():
-            raise ValueError(f"{path}: no such image file")
+            raise ValueError(f"{_named(path)}: no such image file")
         with path.open("rb") as file:
             return file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+        raise ValueError(f"{_named(path)}: cannot be read: {error.strerror}") from None
 
 
 def _decoded(text: Any) -> bytes:
@@ -143,8 +161,10 @@ def _open(data: bytes) -> Image.Image:
         raise ValueError(f"is no image in any of the formats {', '.join(FORMATS)}") from None
     except Image.DecompressionBombError:
         raise ValueError(f"has far more than the {MAX_PIXELS} pixels that are read") from None
-    except (OSError, SyntaxError, EOFError) as error:
-        raise ValueError(f"is a damaged image: {error}") from None
+    except (ValueError, MemoryError):
+        raise
+    except Exception as error:  # whatever Pillow comes to in damaged data
+        raise ValueError(f"is a damaged image: {shown_line(str(error))}") from None
 
 
 def _flat(image: Image.Image) -> Image.Image:

@@ -29,7 +29,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from reelbatch.image import ImageSource
-from reelbatch.wording import SHOWN_LETTERS, printable, shown
+from reelbatch.wording import SHOWN_LETTERS, shown
 
 SEED_LIMIT = 2**64  # torch.Generator.manual_seed takes 64 bits
 MAX_SIDE = 16384  # what an H.264 encoder takes
@@ -357,7 +357,7 @@ def unknown_fields(names: Iterable[str], known: Sequence[str]) -> list[Problem]:
     unknown = [name for name in names if name not in known]
     problems = []
     for name in unknown[:SHOWN_UNKNOWN]:
-        field = printable(name).replace("\n", r"\n").replace("\t", r"\t")
+        field = name.encode("utf-8", "backslashreplace").decode()
         field = field if len(field) <= SHOWN_LETTERS else f"{field[: SHOWN_LETTERS - 3]}..."
         problems.append(Problem(name, f"{field}: no such field; {did_you_mean(field, known)}"))
     if more := len(unknown) - SHOWN_UNKNOWN:

@@ -154,13 +154,23 @@ def change(path: Path, **values: Any) -> None:
         ("transformer/config.json", {"text_embed_2_dim": 8}, "text_encoder_2 has d_model 24"),
         ("scheduler/scheduler_config.json", {"use_dynamic_shifting": True}, "sets use_dynamic_shifting"),
         ("vae/config.json", {"_class_name": "AutoencoderKL"}, "is of class AutoencoderKL; expected"),
+        ("text_encoder/config.json", {"attn_implementation": "a/kernel"}, "may not choose an attention"),
+        ("tokenizer_2/tokenizer_config.json", {"auto_map": ["a.B", None]}, "may not choose code to run"),
+        ("text_encoder/config.json", {"rope_scaling": None, "rope_parameters": None}, "an mrope_section of 3 whole"),
+        ("text_encoder", {"num_hidden_layers": 3, "layer_types": None}, r"has \d+ weights that the network of its"),
+        ("text_encoder_2", {"num_layers": 3}, r"lacks \d+ weights that the network needs"),
+        ("image_encoder", {"intermediate_size": 16}, r"has \d+ weights of other shapes"),
+        ("image_encoder/config.json", {"image_size": 10**9}, "image_size: .* less than or equal to 4096"),
+        ("feature_extractor/preprocessor_config.json", {"size": {"height": 8, "width": 24}}, "takes 24 x 24"),
+        ("feature_extractor/preprocessor_config.json", {"auto_map": {"a": "b.C"}}, "may not choose code to run"),
+        ("guider/guider_config.json", {"guidance_scale": "much"}, "guidance_scale: Input should be a valid number"),
     ],
 )
 def test_what_would_be_another_model_is_refused(
     folder: Path, tmp_path: Path, file: str, values: dict[str, Any], message: str
 ) -> None:
     copy = shutil.copytree(folder, tmp_path / "copy")
-    change(copy / file, **values)
+    change(copy / file if file.endswith(".json") else copy / file / "config.json", **values)
     with pytest.raises(ModelFolderError, match=rf"{file}.*{message}"):
         load(copy)
 

@@ -67,7 +67,7 @@ def test_growing_stops_before_the_memory_limit(model: Model, info: ModelInfo) ->
     assert found.choice is None
     assert "Only batch size 1 was measured" in found.why_none and "give --batch-size 1" in found.why_none
     assert any(
-        "stopped before 2: it would take up to" in note and "the limit is 0.00 GiB" in note for note in found.notes
+        "stopped before 2: it would take up to" in note and "the limit is 1.00 MiB" in note for note in found.notes
     )
 
 

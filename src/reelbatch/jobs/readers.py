@@ -71,7 +71,9 @@ def _with_path(entry: Entry, folder: Path) -> Entry:
     image = entry.fields.get("image")
     if not isinstance(image, str) or not image.strip():
         return entry
-    return replace(entry, fields={**entry.fields, "image": str(folder / Path(image.strip()).expanduser())})
+    path = Path(image.strip())
+    beside = path if image.strip().startswith("~") else folder / path
+    return replace(entry, fields={**entry.fields, "image": str(beside)})
 
 
 def _bytes(path: Path) -> bytes:

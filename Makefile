@@ -1,6 +1,7 @@
 # make demo   real videos from the bundled little model, in out/demo
 # make test   the checks that every change must pass
 # make machine   measurements that want a quiet machine, for a nightly run
+# make docs-commands   every command of README.md and docs/, from an installed wheel
 # All set up .venv by themselves; PYTHON=python3.12 picks another interpreter.
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT := out/demo
 
-.PHONY: demo test machine clean
+.PHONY: demo test machine docs-commands clean
 
 demo: $(VENV)/.installed
 	$(BIN)/reelbatch generate --prompts examples/shapes.csv --out $(OUT)
@@ -23,6 +24,9 @@ test: $(VENV)/.installed-dev
 
 machine: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/machine --durations=0
+
+docs-commands: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest tests/installed -m '' --durations=0
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

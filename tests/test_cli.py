@@ -21,6 +21,7 @@ from reelbatch.cli import app, main
 from reelbatch.engine.config import EngineConfig
 from reelbatch.engine.engine import Engine, Progress
 from reelbatch.jobs.display import display
+from reelbatch.loading.hub import DEMO_FOLDER
 from reelbatch.video import read_record, read_video
 from reelbatch.wording import duration, shorten
 
@@ -100,8 +101,15 @@ def test_a_warning_of_unknown_words_is_one_short_line(here: Path) -> None:
     prompt = " ".join(f"word{'x' * 30}{i}" for i in range(100))
     result = call("generate", prompt, "--lora", "none.safetensors", "--steps", 1)
     (line,) = (line for line in result.stderr.splitlines() if line.startswith("warning"))
-    assert "and 95 more words" in line
+    assert "and 95 more words: `reelbatch model-info demo` says" in line
     assert len(line) < 300
+
+
+def test_a_warning_of_unknown_words_names_the_model_as_it_was_given(here: Path) -> None:
+    (here / "my models").mkdir()
+    (here / "my models/demo").symlink_to(DEMO_FOLDER)
+    result = call("generate", "a cat", "--model", "my models/demo", "--lora", "none.safetensors", "--steps", 1)
+    assert "`reelbatch model-info 'my models/demo'` says what it draws" in result.stderr
 
 
 def test_all_faults_are_told_at_once_and_before_a_model_is_loaded(

@@ -84,7 +84,7 @@ def generate(
         entries = _entries(prompts or [], prompt_file)
         seed, drawn = choose_seed(asked.seed, out)
         requests = make_requests(entries, asked.request_fields, first_seed=seed, limits=info.limits)
-        warn(requests, info)
+        warn(requests, info, options.model)
         plan = plan_of(options, requests, info)
         spec = JobSpec(
             plan, out, naming=naming, format=format, overwrite=overwrite, random_seed=seed if drawn else None

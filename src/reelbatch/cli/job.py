@@ -161,7 +161,7 @@ def run(
 
         seed, drawn = choose_seed(asked.seed, out, manifest, mode)
         spec = spec_of(seed)
-        warn(spec.plan.requests, info)
+        warn(spec.plan.requests, info, options.model)
         if line:
             say(line)
         if naming == "vbench":

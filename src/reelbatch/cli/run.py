@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -329,13 +330,13 @@ def _kept_record(path: Path) -> dict[str, Any]:
 # -- warnings --------------------------------------------------------------------------------------
 
 
-def warn(requests: Sequence[VideoRequest], info: ModelInfo) -> None:
-    """Says what will not be as a person may think."""
-    for line in (*_unknown_words(requests, info), *_idle_guidance(requests)):
+def warn(requests: Sequence[VideoRequest], info: ModelInfo, model: str) -> None:
+    """Says what will not be as a person may think. `model` is what --model says."""
+    for line in (*_unknown_words(requests, info, model), *_idle_guidance(requests)):
         say(f"warning: {line}", style="yellow")
 
 
-def _unknown_words(requests: Sequence[VideoRequest], info: ModelInfo) -> Iterator[str]:
+def _unknown_words(requests: Sequence[VideoRequest], info: ModelInfo, model: str) -> Iterator[str]:
     known = set(info.profile.vocabulary)
     words = (word for request in requests for word in re.findall(r"\w+", request.prompt.lower()))
     unknown = list(dict.fromkeys(word for word in words if word not in known))
@@ -343,8 +344,8 @@ def _unknown_words(requests: Sequence[VideoRequest], info: ModelInfo) -> Iterato
         shown = ", ".join(shorten(word, WORD_LETTERS) for word in unknown[:WORDS_SHOWN])
         more = f" and {len(unknown) - WORDS_SHOWN} more words" if len(unknown) > WORDS_SHOWN else ""
         yield (
-            f"this little model does not know {shown}{more}: `reelbatch model-info {info.name}` says what it draws, "
-            "and --model takes another"
+            f"this little model does not know {shown}{more}: `reelbatch model-info {shlex.quote(model)}` says what it "
+            "draws, and --model takes another"
         )
 
 

@@ -14,11 +14,13 @@ OUT := out/demo
 demo: $(VENV)/.installed
 	$(BIN)/reelbatch generate --prompts examples/shapes.csv --out $(OUT)
 
+# worksteal: each worker begins with a run of neighbouring files and takes from the other's end when it is done, so that
+# few files are divided and have their fixtures made twice; whole files (loadfile) leave a core idle behind the last one
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile --durations=20
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist worksteal --durations=20
 
 machine: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/machine --durations=0

@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from reelbatch.jobs.prompts import PromptError, read_prompts
-from reelbatch.loading.configs import CODE_ENTRIES, NETWORKS
+from reelbatch.loading.configs import CODE_ENTRIES
 from reelbatch.loading.hub import ModelFolderError
+from reelbatch.loading.hunyuan_video import NETWORKS
 from reelbatch.loading.inspection import inspect
 from reelbatch.loading.load import load
 from reelbatch.loading.lora import LoraError, load_loras, parse_lora

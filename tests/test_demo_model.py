@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
@@ -28,6 +31,36 @@ def pipeline() -> HunyuanVideoPipeline:
     return opened
 
 
+@pytest.fixture(scope="module")
+def reference(pipeline: HunyuanVideoPipeline) -> Callable[[VideoRequest], tuple[torch.Tensor, np.ndarray]]:
+    """The pipeline's last latents and its frames for a request, computed once."""
+
+    @cache
+    def called(request: VideoRequest) -> tuple[torch.Tensor, np.ndarray]:
+        latents: list[torch.Tensor] = []
+
+        def keep(_: object, step: int, timestep: object, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            latents.append(tensors["latents"])
+            return tensors
+
+        frames = pipeline(
+            prompt=request.prompt,
+            negative_prompt=request.negative_prompt,
+            true_cfg_scale=request.true_cfg,
+            height=request.height,
+            width=request.width,
+            num_frames=request.frames,
+            num_inference_steps=request.steps,
+            generator=torch.Generator().manual_seed(request.seed),
+            callback_on_step_end=keep,
+            output_type="np",
+        ).frames[0]
+        assert len(latents) == request.steps
+        return latents[-1], frames
+
+    return called
+
+
 def test_the_folder_is_whole_small_and_can_run_here() -> None:
     info = inspect(DEMO_FOLDER)
     assert info.problems == ()
@@ -39,7 +72,7 @@ def test_the_folder_is_whole_small_and_can_run_here() -> None:
 @pytest.mark.parametrize("guidance", [{}, {"negative_prompt": "small blue cross, up, white", "true_cfg": 2.0}])
 @pytest.mark.parametrize("isolation", ["exact", "packed"])
 def test_videos_are_those_of_the_pipeline_over_20_steps(
-    engine: Engine, pipeline: HunyuanVideoPipeline, isolation: str, guidance: dict
+    engine: Engine, reference: Callable, isolation: str, guidance: dict
 ) -> None:
     requests = [
         VideoRequest(prompt="a large red circle moving left on a black background", seed=1, steps=20, **guidance),
@@ -47,19 +80,9 @@ def test_videos_are_those_of_the_pipeline_over_20_steps(
     ]
     made = Engine(engine.model, isolation=isolation, keep_latents=True).generate(requests)
     for request, video in zip(requests, made, strict=True):
-        called = {
-            "prompt": request.prompt,
-            "negative_prompt": request.negative_prompt,
-            "true_cfg_scale": request.true_cfg,
-            "height": video.request.height,
-            "width": video.request.width,
-            "num_frames": video.request.frames,
-            "num_inference_steps": 20,
-        }
-        latents = pipeline(**called, generator=torch.Generator().manual_seed(request.seed), output_type="latent").frames
+        latents, frames = reference(request.for_model(engine.model.family.limits))
         assert video.latents is not None
         assert ((video.latents - latents[0]).abs().max() / latents.abs().max()).item() < 1e-4
-        frames = pipeline(**called, generator=torch.Generator().manual_seed(request.seed), output_type="np").frames[0]
         assert np.abs(video.frames / 255 - frames).max() < 1e-4 + 0.5 / 255  # half a step of eight bits
 
 

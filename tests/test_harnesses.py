@@ -27,7 +27,7 @@ def harness(name: str) -> ModuleType:
 
 
 def test_jobs_that_are_killed_stopped_and_started_together_are_the_undisturbed_ones(tiny_folder: Path) -> None:
-    words = ["--kills", "6", "--races", "1", "--processes", "2", "--copies", "1", "--seed", "3"]
+    words = ["--kills", "4", "--races", "1", "--processes", "2", "--copies", "1", "--seed", "3"]
     command = [sys.executable, str(BENCHMARKS / "kills.py"), *words, "--longest", "0.8", "--model", str(tiny_folder)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr

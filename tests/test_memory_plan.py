@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from reelbatch.memory.cards import BY_SIZE, CARDS, USABLE, card
 from reelbatch.memory.placement import Offload
 from reelbatch.models.family import PHASES as PHASE_NAMES
 from reelbatch.request import ModelLimits, VideoRequest
+from reelbatch.tune import plan as planning
 from reelbatch.tune.fitting import SHAPES
 from reelbatch.tune.plan import answer
 from reelbatch.tune.reliefs import Outcome, outcomes, tries
@@ -33,6 +35,13 @@ from reelbatch.tune.setup import LARGEST_BATCH, Setup, open_model
 MIB, GIB = 2**20, 2**30
 PHASES = ("step", "decode")
 CUDA = torch.device("cuda")
+OPENED = cache(open_model)
+
+
+@pytest.fixture(autouse=True)
+def _models_are_opened_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command traces a model anew, which takes seconds; what it estimates is the same each time."""
+    monkeypatch.setattr(planning, "open_model", OPENED)
 
 
 # -- calibration -----------------------------------------------------------------------------------

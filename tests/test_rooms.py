@@ -36,7 +36,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("attention",),
     ("ragged", "video", "geometry"),
     ("request", "formats"),
-    ("device", "versions", "tracing", "files", "outside_json"),
+    ("device", "versions", "tracing", "files", "image", "outside_json"),
     ("wording",),
 )
 """Rooms from the top down. A room may import from itself and from rooms of lower levels. `reelbatch` itself, whose

@@ -122,7 +122,7 @@ def test_prompt_that_merges_into_the_prefix_is_run_whole(tiny_pipeline):
     """Newlines before the prompt join the template's own: the ids are those of the whole text, not of two halves."""
     encoder = make(tiny_pipeline)
     whole = tiny_pipeline.tokenizer(DEFAULT_TEMPLATE.template.format("\n\na dog")).input_ids
-    assert whole[:95] != encoder._prefix_ids
+    assert whole[:95] != encoder.states.prefix_ids
     assert_close(encoder.encode("\n\na dog").text, reference(tiny_pipeline, "\n\na dog")[0])
 
 

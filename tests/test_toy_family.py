@@ -320,7 +320,7 @@ def test_a_memory_limit_refuses_what_cannot_fit_and_changes_no_bit() -> None:
         engine.submit(request(i))
     for result in ends(engine).values():
         assert isinstance(result, Failure) and isinstance(result.error, OutOfMemory)
-        assert "the memory limit is 0.00 GiB" in str(result.error)
+        assert "the memory limit is 1.00 KiB" in str(result.error)
     for video in make([request(0), request(1, width=20)], max_memory="1000GiB").values():
         assert_alone(video)
         assert video.provenance["batch"]["largest"] == 2

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -248,13 +250,22 @@ def test_equal_requests_cost_the_same_each(demo: Any, isolation: Any, cfg: bool)
     assert counted == pytest.approx(estimator._trace_step(((one, 4), (other, 4))), rel=0.01)
 
 
+@pytest.fixture(scope="module")
+def small(tiny_folder: Path) -> Any:
+    return from_folder(tiny_folder, FP32, CPU)
+
+
+kept_estimator = cache(Estimator)
+"""Its text is traced once for all examples."""
+
+
 @settings(max_examples=3, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(0, 2)), min_size=1, max_size=3),
     st.sampled_from(["exact", "packed"]),
 )
-def test_more_never_costs_less(demo: Any, sizes: list[tuple[int, int, int]], isolation: Any) -> None:
-    estimator = Estimator(demo, isolation, CPU)
+def test_more_never_costs_less(small: Any, sizes: list[tuple[int, int, int]], isolation: Any) -> None:
+    estimator = kept_estimator(small, isolation, CPU)
     requests = [request(32 * h, 32 * w, 4 * n + 1) for h, w, n in sizes]
     before = estimator.plan(requests)
     assert estimator.plan([*requests, request(32, 32, 1)]).step > before.step

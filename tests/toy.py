@@ -89,6 +89,7 @@ class Toy:
     out of memory."""
 
     phases: Mapping[str, Phase] = MappingProxyType({"letters": "text", "denoiser": "step", "painter": "decode"})
+    also: Mapping[str, tuple[Phase, ...]] = MappingProxyType({})
     blockwise = frozenset({"denoiser"})
     flow_shift = 2.0
     dtype = torch.float32

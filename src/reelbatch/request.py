@@ -10,22 +10,26 @@ import difflib
 import math
 import numbers
 import operator
-import reprlib
 import secrets
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainSerializer,
     SerializerFunctionWrapHandler,
     ValidationError,
     model_serializer,
 )
 from pydantic_core import ErrorDetails
+
+from reelbatch.image import ImageSource
+from reelbatch.wording import SHOWN_LETTERS, shown
 
 SEED_LIMIT = 2**64  # torch.Generator.manual_seed takes 64 bits
 MAX_SIDE = 16384  # what an H.264 encoder takes
@@ -34,11 +38,9 @@ MAX_STEPS = 1000  # the scheduler's training timesteps
 MAX_FPS = 240
 MAX_ID_LENGTH = 200
 SHOWN_UNKNOWN = 20  # fields that there are not, each with what was likely meant
-SHOWN_LETTERS = 60
-SHOWN_DIGITS = 100  # Python writes none of more than 4300
 TILE_SIDES = (64, 1024)  # pixels; a quarter of a tile overlaps the next, and both are whole latents
 TILE_STRIDE = 32
-LATER_FIELDS = ("vae_tiling",)
+LATER_FIELDS = ("vae_tiling", "image")
 """Fields that earlier versions did not have: left out of what is written and hashed where they say nothing."""
 
 
@@ -47,6 +49,10 @@ class Problem(NamedTuple):
 
     field: str | None
     message: str
+
+
+class RequestWarning(UserWarning):
+    """A request that can be made, and is likely not what the model is for."""
 
 
 class RequestError(ValueError):
@@ -77,12 +83,22 @@ class ModelLimits:
         spatial_stride: height and width are multiples of it, in pixels (the VAE's 8 times the transformer's patch).
         temporal_stride: the number of frames is a multiple of it, plus 1 (the VAE's 4 times the temporal patch).
         attention_rules: gives the names of the rules that a request may ask for; None: they are not checked here.
+        image_size: gives the height and width of a video whose first frame is an image of a height and width; None:
+            the model takes no images.
+        guidance: whether a request's guidance is embedded, or is the scale of classifier-free guidance, which is then
+            on by itself.
+        tile_stride: the sides of the VAE's tiles are multiples of it, in pixels.
+        advice: what a person should know of a request that can be made, before it is.
     """
 
     spatial_stride: int = 16
     temporal_stride: int = 4
     defaults: RequestDefaults = RequestDefaults()
     attention_rules: Callable[[], Sequence[str]] | None = None
+    image_size: Callable[[int, int], tuple[int, int]] | None = None
+    guidance: Literal["embedded", "classifier-free"] = "embedded"
+    tile_stride: int = TILE_STRIDE
+    advice: Callable[[VideoRequest], str | None] | None = None
 
 
 def _whole(low: int, high: int | None = None) -> BeforeValidator:
@@ -178,6 +194,14 @@ def _tags(value: object) -> tuple[str, ...]:
     return tuple(_said(tag) for tag in (value if isinstance(value, list | tuple) else sorted(map(str, value))))
 
 
+def _image(value: Any) -> ImageSource | None:
+    return None if value is None else ImageSource.read(value)
+
+
+def _image_record(image: ImageSource | None) -> dict[str, str] | None:
+    return None if image is None else image.record
+
+
 Text = Annotated[str, BeforeValidator(_text)]
 Prompt = Annotated[str, BeforeValidator(_said)]
 Side = Annotated[int, _whole(1, MAX_SIDE)]
@@ -191,6 +215,8 @@ class VideoRequest(BaseModel):
     prompt: what the video shows. prompt_2: a separate prompt for CLIP; without it, CLIP reads `prompt`.
     negative_prompt, true_cfg: with a negative prompt (`""` will do) and true_cfg above 1, every step runs a second,
         unconditional branch (classifier-free guidance).
+    image: the video's first frame, as the path or the bytes of an image file, for models that take one. Without height
+        and width, the video gets the size nearest to it that the model has; with them, it is cropped around its middle.
     seed: of the noise, 64 bits; drawn at random when not given, so that it is always recorded.
     height, width: in pixels. frames: multiple of 4, plus 1. steps: denoising steps. fps: frames a second of the file.
     guidance: the embedded guidance scale. flow_shift: the timestep shift of the flow-matching schedule.
@@ -207,6 +233,7 @@ class VideoRequest(BaseModel):
     prompt: Prompt
     prompt_2: Text | None = None
     negative_prompt: Text | None = None
+    image: Annotated[ImageSource | None, BeforeValidator(_image), PlainSerializer(_image_record)] = None
     seed: Annotated[int, _whole(0, SEED_LIMIT - 1)] = Field(default_factory=lambda: secrets.randbits(32))
     height: Side | None = None
     width: Side | None = None
@@ -280,19 +307,37 @@ class VideoRequest(BaseModel):
         Raises `RequestError` for a size or a length that the model cannot make.
         """
         defaults = limits.defaults
+        height, width = defaults.height, defaults.width
+        if self.image is not None and limits.image_size is not None and self.height is None and self.width is None:
+            height, width = limits.image_size(self.image.height, self.image.width)
         filled = {
-            "height": defaults.height if self.height is None else self.height,
-            "width": defaults.width if self.width is None else self.width,
+            "height": height if self.height is None else self.height,
+            "width": width if self.width is None else self.width,
             "frames": defaults.frames if self.frames is None else self.frames,
         }
         rest = {"steps": defaults.steps, "guidance": defaults.guidance, "fps": defaults.fps}
         problems = [_off_grid(side, filled[side], limits.spatial_stride, 0) for side in ("height", "width")]
         problems.append(_off_grid("frames", filled["frames"], limits.temporal_stride, 1))
+        problems.append(_off_grid("vae_tiling", self.vae_tiling or 0, limits.tile_stride, 0))
         problems.append(_unknown_rule(self.attention_rule, limits))
+        if self.image is not None and limits.image_size is None:
+            problems.append(Problem("image", "image: this model makes videos from text alone, and takes none"))
         if any(problems):
             raise RequestError(problem for problem in problems if problem)
         update = filled | {name: value for name, value in rest.items() if getattr(self, name) is None}
-        return self.model_copy(update=update)
+        request = self.model_copy(update=update)
+        if limits.guidance == "classifier-free":
+            request = request._guided()
+        if limits.advice is not None and (advice := limits.advice(request)):
+            warnings.warn(advice, RequestWarning, stacklevel=2)
+        return request
+
+    def _guided(self) -> VideoRequest:
+        """For models whose guidance is classifier-free: its scale is `true_cfg` where that is above 1, else `guidance`;
+        the negative prompt is empty where there is none."""
+        scale = self.true_cfg if self.true_cfg > 1 else max(self.guidance or 1.0, 1.0)
+        negative = "" if scale > 1 and self.negative_prompt is None else self.negative_prompt
+        return self.model_copy(update={"guidance": scale, "true_cfg": scale, "negative_prompt": negative})
 
 
 FIELDS: tuple[str, ...] = tuple(VideoRequest.model_fields)
@@ -318,24 +363,6 @@ def unknown_fields(names: Iterable[str], known: Sequence[str]) -> list[Problem]:
     if more := len(unknown) - SHOWN_UNKNOWN:
         problems += [Problem(None, f"and {more} more fields that there are not")] if more > 0 else []
     return problems
-
-
-class _Short(reprlib.Repr):
-    """`repr` of anything, however large, long or deeply nested."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.maxstring = self.maxother = 4 * SHOWN_LETTERS  # cut in the middle; `shown` shows the beginning
-
-    def repr_int(self, x: int, level: int) -> str:
-        digits = int(x.bit_length() * math.log10(2)) + 1
-        return repr(x) if digits <= SHOWN_DIGITS else f"a whole number of about {digits} digits"
-
-
-def shown(value: object) -> str:
-    """A value in a message: its `repr`, or the beginning of it."""
-    text = _Short().repr(value)
-    return text if len(text) <= SHOWN_LETTERS else f"{text[: SHOWN_LETTERS - 3]}..."
 
 
 def _off_grid(field: str, value: int, stride: int, offset: int) -> Problem | None:

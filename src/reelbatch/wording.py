@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
+import reprlib
+
+SHOWN_LETTERS = 60
+SHOWN_DIGITS = 100  # Python writes none of more than 4300
 
 _UNSAFE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # what moves a terminal's cursor, colours it, or sends it commands
@@ -30,6 +35,24 @@ def shown_line(text: str, letters: int = 200) -> str:
     """The beginning of what a library says, in a line."""
     text = " ".join(text.split())
     return text if len(text) <= letters else f"{text[: letters - 3]}..."
+
+
+class _Short(reprlib.Repr):
+    """`repr` of anything, however large, long or deeply nested."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 4 * SHOWN_LETTERS  # cut in the middle; `shown` shows the beginning
+
+    def repr_int(self, x: int, level: int) -> str:
+        digits = int(x.bit_length() * math.log10(2)) + 1
+        return repr(x) if digits <= SHOWN_DIGITS else f"a whole number of about {digits} digits"
+
+
+def shown(value: object) -> str:
+    """A value in a message: its `repr`, or the beginning of it."""
+    text = _Short().repr(value)
+    return text if len(text) <= SHOWN_LETTERS else f"{text[: SHOWN_LETTERS - 3]}..."
 
 
 def counted(count: int, what: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache as cached
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,12 @@ from leftovers import nothing_left  # noqa: F401  a fixture
 from reelbatch.loading.inspection import ModelInfo, inspect
 from reelbatch.loading.load import load
 from reelbatch.loading.model import Model
-from reelbatch.tune import baseline, comparison, evidence, profiles, repeats
+from reelbatch.loading.skeleton import from_folder
+from reelbatch.memory.estimate import Estimator
+from reelbatch.tune import baseline, comparison, evidence, profiles, repeats, run
+
+ESTIMATOR, SKELETON = cached(Estimator), cached(from_folder)
+"""Estimates are the same each time; one of them takes seconds."""
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +36,8 @@ def _few_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evidence, "SLACK", math.inf)  # figures of a busy machine are far apart
     monkeypatch.setattr(comparison, "COMPARED", ((2, 1.0), (1, 0.0)))
     monkeypatch.setattr(baseline, "matrix_rate", lambda *_: 1e11)
+    monkeypatch.setattr(run, "Estimator", ESTIMATOR)
+    monkeypatch.setattr(run, "from_folder", SKELETON)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from reelbatch.tune import bench, profiles, run
 
 
 def test_tune_measures_keeps_and_generate_takes_it(tiny_folder: Path, here: Path) -> None:
-    words = ("--model", tiny_folder, "--shape", "32x32x5", "--budget", f"{AMPLE}s", "--max-batch", "3", "--out", "t")
+    words = ("--model", tiny_folder, "--shape", "32x32x5", "--budget", f"{AMPLE}s", "--max-batch", "2", "--out", "t")
     result = call("tune", *words, "--json")
     assert result.exit_code == 0, result.output
     (found,) = json.loads(result.stdout)["sweeps"]
@@ -43,7 +43,7 @@ def test_tune_measures_keeps_and_generate_takes_it(tiny_folder: Path, here: Path
 
 
 def test_tune_takes_a_prompt_file_and_several_dtypes(tiny_folder: Path, here: Path) -> None:
-    (here / "p.csv").write_text("prompt,frames\na cat,5\na dog,9\n", encoding="utf-8")
+    (here / "p.csv").write_text("prompt,frames\na cat,1\na dog,5\n", encoding="utf-8")
     words = (
         "--model",
         tiny_folder,
@@ -107,7 +107,7 @@ def test_ctrl_c_leaves_what_was_measured_and_stores_nothing(
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(bench.Bench, "say", stopping)
-    result = call("tune", "--model", tiny_folder, "--budget", f"{AMPLE}s", "--out", "t")
+    result = call("tune", "--model", tiny_folder, "--shape", "32x32x1", "--budget", f"{AMPLE}s", "--out", "t")
     assert result.exit_code == 130
     assert "stopped; this is what was measured until then, and no profile was stored" in result.stderr
     saved = json.loads((here / "t" / "tune.json").read_text(encoding="utf-8"))

@@ -42,7 +42,7 @@ def little_memory(model: Model, samples: int, monkeypatch: pytest.MonkeyPatch) -
 
 
 def small(info: ModelInfo, largest: int = 4, **fields) -> workload.Workload:
-    return workload.of_shape(info, {"frames": 5, **fields}, largest)
+    return workload.of_shape(info, {"frames": 1, **fields}, largest)
 
 
 def profile(identity: profiles.Identity, **fields) -> profiles.Profile:

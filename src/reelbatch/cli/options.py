@@ -6,6 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_type_hints
 
 import typer
@@ -64,6 +65,14 @@ class RequestOptions:
     negative_prompt: Annotated[
         str | None, typer.Option(help="What to keep away from; needs --true-cfg above 1.", rich_help_panel=REQUEST)
     ] = None
+    image: Annotated[
+        Path | None,
+        typer.Option(
+            help="An image file: the first frame, for models that take one. Without a size, the nearest that the model "
+            "has.",
+            rich_help_panel=REQUEST,
+        ),
+    ] = None
     seed: Annotated[
         str,
         typer.Option(
@@ -76,7 +85,9 @@ class RequestOptions:
     width: Annotated[int | None, typer.Option(help="Pixels.", rich_help_panel=REQUEST)] = None
     frames: Annotated[int | None, typer.Option(help="4k + 1: 1, 5, 9, …", rich_help_panel=REQUEST)] = None
     steps: Annotated[int | None, typer.Option(help="Denoising steps.", rich_help_panel=REQUEST)] = None
-    guidance: Annotated[float | None, typer.Option(help="Embedded guidance scale.", rich_help_panel=REQUEST)] = None
+    guidance: Annotated[
+        float | None, typer.Option(help="Guidance scale, embedded or classifier-free.", rich_help_panel=REQUEST)
+    ] = None
     true_cfg: Annotated[
         float | None, typer.Option(help="Classifier-free guidance scale; 1 is off.", rich_help_panel=REQUEST)
     ] = None

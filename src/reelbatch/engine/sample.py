@@ -101,6 +101,12 @@ class Sample:
         return self.schedule.timesteps[self.step]
 
     @property
+    def next_timestep(self) -> Float[Tensor, ""]:
+        """sigma × 1000 that its current step leads to: 0 at the last."""
+        later = self.step + 1 < self.schedule.steps
+        return self.schedule.timesteps[self.step + 1] if later else self.schedule.sigmas[-1]
+
+    @property
     def done(self) -> bool:
         return self.step >= self.schedule.steps
 

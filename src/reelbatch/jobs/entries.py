@@ -69,4 +69,4 @@ def bad_entry(where: str, message: str) -> Entry:
 def _printable(text: str) -> str:
     """For a terminal and a log: whatever a file holds, a line."""
     shown = text if len(text) <= SHOWN_LETTERS else f"{text[: SHOWN_LETTERS - 1]}…"
-    return printable(shown)
+    return printable(shown).replace("\n", r"\n").replace("\t", r"\t")

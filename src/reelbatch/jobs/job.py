@@ -74,6 +74,8 @@ class Settings:
         """The same for two requests if and only if their frames are the same."""
         decides = {name: value for name, value in self.record.items() if name not in ("naming", "format")}
         asked = request.model_dump(mode="json", exclude=set(NAMES_ONLY))
+        if request.image is not None:
+            asked["image"] = request.image.sha256  # wherever it lies
         return hashlib.sha256(json.dumps([asked, decides], sort_keys=True).encode()).hexdigest()
 
     def job_key(self, requests: Sequence[VideoRequest]) -> str:

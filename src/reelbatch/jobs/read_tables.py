@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from reelbatch.jobs.entries import COLUMNS, REAL_COLUMNS, WHOLE_COLUMNS, Entry, Fault, Numbered, PromptError, bad_entry
 from reelbatch.request import did_you_mean
+from reelbatch.wording import shown_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -133,7 +134,8 @@ def read_parquet(data: bytes, path: Path) -> Iterator[Entry]:
         file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
         schema, count = file.schema_arrow, file.metadata.num_rows
     except Exception as error:  # pyarrow's own, OSError, or what it lets through from a file of nonsense
-        raise PromptError([Fault(str(path), f"not a Parquet file that can be read: {error}")]) from None
+        reason = shown_line(str(error))
+        raise PromptError([Fault(str(path), f"not a Parquet file that can be read: {reason}")]) from None
     fields = [field for field in schema if not PANDAS_INDEX.fullmatch(field.name)]
     faults = _column_faults([field.name for field in fields])
     faults += [fault for field in fields if (fault := _type_fault(field.name, field.type))]
@@ -144,7 +146,7 @@ def read_parquet(data: bytes, path: Path) -> Iterator[Entry]:
             if len(columns[name]) != count:
                 raise ValueError(f"it has {len(columns[name])} values for {count} rows")
         except Exception as error:  # as above
-            faults.append(f"column {name!r}: cannot be read: {error}")
+            faults.append(f"column {name!r}: cannot be read: {shown_line(str(error))}")
     if faults:
         yield from (bad_entry(path.name, fault) for fault in faults)
         return

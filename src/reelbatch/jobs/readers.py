@@ -10,7 +10,8 @@
   Lines that begin with `#` are skipped before the header; after it, they are rows.
 - `.parquet`, `.pq`: columns that are named after fields; null is not given. Tags are lists of texts, or split at `;`.
 
-Blank lines are skipped. Text files are UTF-8, or UTF-16 or UTF-32 with a byte order mark, and hold no NUL.
+An `image` is the path of a file, relative to the prompt file's folder. Blank lines are skipped. Text files are UTF-8,
+or UTF-16 or UTF-32 with a byte order mark, and hold no NUL.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import codecs
 import io
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -61,7 +63,17 @@ def read_entries(path: str | Path) -> list[Entry]:
     entries = list(read_parquet(data, path) if suffix in (".parquet", ".pq") else _of_text(data, path.name, suffix))
     if not entries:
         raise PromptError([Fault(str(path), "holds no prompt")])
-    return entries
+    return [_with_path(entry, path.parent) for entry in entries]
+
+
+def _with_path(entry: Entry, folder: Path) -> Entry:
+    """An entry's image is looked for beside the prompt file."""
+    image = entry.fields.get("image")
+    if not isinstance(image, str) or not image.strip():
+        return entry
+    path = Path(image.strip())
+    beside = path if image.strip().startswith("~") else folder / path
+    return replace(entry, fields={**entry.fields, "image": str(beside)})
 
 
 def _bytes(path: Path) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from reelbatch.loading.layout import CLASSES
+from reelbatch.loading.families import components_of
 
 PIECES, PIECE_BYTES = 16, 2**16
 """A weight file's hash is of so many of its pieces, of so many bytes each: whole files would take minutes."""
@@ -17,7 +17,7 @@ def weights_hash(folder: Path) -> str:
     Other weights of the same shape differ almost everywhere, so the pieces differ.
     """
     digest = hashlib.sha256()
-    for component in sorted(CLASSES):
+    for component in sorted(components_of(folder)):
         for file in sorted((folder / component).glob("*")):
             if file.suffix == ".safetensors":
                 size = file.stat().st_size

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from reelbatch.loading.layout import CLASSES
 from reelbatch.wording import printable
 
 REAL_MODEL = "hunyuanvideo-community/HunyuanVideo"
@@ -43,7 +42,9 @@ def _download(repository: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-    wanted = ["model_index.json", "reelbatch.json", *(f"{component}/*" for component in CLASSES)]
+    from reelbatch.loading.families import COMPONENTS
+
+    wanted = ["model_index.json", "reelbatch.json", *(f"{component}/*" for component in COMPONENTS)]
     try:
         return Path(snapshot_download(repository, allow_patterns=wanted, ignore_patterns=["*.bin", "*.onnx"]))
     except GatedRepoError:

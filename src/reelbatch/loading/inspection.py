@@ -1,32 +1,32 @@
 """What a model folder holds, and what is wrong with it: from its JSON files and the headers of its weight files.
 
-A folder has model_index.json, transformer/, vae/, text_encoder/ (Llama), text_encoder_2/ (CLIP), tokenizer/,
-tokenizer_2/ and scheduler/. A `reelbatch.json` beside them is optional (`FolderProfile`).
+A folder has model_index.json and a folder for each of its family's components (`Layout.classes`). A `reelbatch.json`
+beside them is optional (`FolderProfile`).
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from reelbatch.attention import rule_names
 from reelbatch.device import choose_device, device_memory_bytes
 from reelbatch.loading.configs import build, check_config, code_faults, validation_faults
+from reelbatch.loading.families import LAYOUTS
 from reelbatch.loading.hub import REAL_MODEL, ModelFolderError, model_name
-from reelbatch.loading.layout import CLASSES, OTHER_SCHEDULES, WEIGHTS
+from reelbatch.loading.layout import OTHER_SCHEDULES, Layout, config_file
 from reelbatch.loading.precision import Precision
 from reelbatch.loading.stored import StoredTensor, differences, read_header
 from reelbatch.memory.placement import Offload
-from reelbatch.models.hunyuan_video.text import PromptTemplate
+from reelbatch.models.prompts import PromptTemplate
 from reelbatch.outside_json import read_object
-from reelbatch.request import ModelLimits, RequestDefaults, RequestError, VideoRequest, shown
-from reelbatch.wording import printable, shown_line
+from reelbatch.request import ModelLimits, RequestDefaults, RequestError, VideoRequest
+from reelbatch.wording import printable, shown, shown_line
 
 
 class FolderProfile(BaseModel):
@@ -75,6 +75,7 @@ class ModelInfo:
     flow_shift: float
     profile: FolderProfile
     problems: tuple[str, ...]
+    layout: Layout
 
     @property
     def name(self) -> str:
@@ -104,7 +105,7 @@ class ModelInfo:
         if offload != "none":
             precision = Precision.parse(dtype, device)
             size = {part.name: precision.weight_bytes(part.name, part.parameters) for part in self.components}
-            text, transformer = ("text_encoder", "text_encoder_2"), ("transformer",)
+            text, transformer = ("text_encoder", "text_encoder_2", "image_encoder"), ("transformer",)
             parts = [("vae",), text, transformer] if offload == "component" else [("vae",), text[1:]]
             need = max(sum(size.get(name, 0) for name in names) for names in parts)
             if device.type != "cpu" and total >= device_memory_bytes("cpu"):
@@ -148,51 +149,46 @@ def _inspect(folder: Path) -> ModelInfo:
     index = reader.json("model_index.json")
     if reader.problems:
         raise ModelFolderError(reader.problems[0])
-    if index.get("_class_name") != "HunyuanVideoPipeline":
+    pipeline = index.get("_class_name")
+    layout = LAYOUTS.get(pipeline) if isinstance(pipeline, str) else None
+    if layout is None:
+        known = "; ".join(f"{name} ({known.makes}), such as {known.example}" for name, known in LAYOUTS.items())
         raise ModelFolderError(
-            f"{folder / 'model_index.json'}: is a folder for {_named(index.get('_class_name'))}, but reelbatch runs "
-            f"HunyuanVideoPipeline (text to video), such as {REAL_MODEL}"
+            f"{folder / 'model_index.json'}: is a folder for {_named(pipeline)}, but reelbatch runs {known}"
         )
+    reader.layout = layout
     for part in sorted(folder.rglob("*.incomplete")):
         reader.problem(part, "is a download that did not finish; run the download again, it goes on where it stopped")
 
     components, configs = [], {}
-    for name in CLASSES:
+    for name, classes in layout.classes.items():
         entry = index.get(name)
         class_name = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
         if class_name is None:
-            reader.problem("model_index.json", f"lists no {name}; the folder must hold all of {', '.join(CLASSES)}")
-        elif class_name not in CLASSES[name]:
-            reader.problem("model_index.json", f"has {name} of class {_named(class_name)}; expected {CLASSES[name][0]}")
+            listed = ", ".join(layout.classes)
+            reader.problem("model_index.json", f"lists no {name}; the folder must hold all of {listed}")
+        elif class_name not in classes:
+            reader.problem("model_index.json", f"has {name} of class {_named(class_name)}; expected {classes[0]}")
         elif not (folder / name).is_dir():
             reader.problem(name, f"missing: the {name} that model_index.json lists; run the download again")
         else:
-            stored: dict[str, StoredTensor] = {}
-            if name in WEIGHTS:
-                configs[name] = reader.config(name, "config.json")
-                stored = reader.weights(name)
-            elif name == "scheduler":
-                configs[name] = reader.config(name, "scheduler_config.json")
+            if name in layout.configs:
+                configs[name] = reader.config(name)
             else:
-                reader.tokenizer(name)
-            components.append(_component(name, class_name, stored))
-    reader.compatibility(configs)
+                reader.tokenizer(name, class_name)
+            components.append(_component(name, class_name, reader.weights(name) if name in layout.weights else {}))
+    for path, text in layout.problems(configs):
+        reader.problem(path, text)
     reader.networks(configs)
 
-    profile = reader.profile()
-    vae, transformer = configs.get("vae", {}), configs.get("transformer", {})
-    limits = ModelLimits(
-        spatial_stride=vae.get("spatial_compression_ratio", 8) * transformer.get("patch_size", 2),
-        temporal_stride=vae.get("temporal_compression_ratio", 4),
-        defaults=profile.defaults,
-        attention_rules=rule_names,
-    )
+    profile, said = reader.profile()
+    limits = layout.limits(configs, said)
     try:
-        VideoRequest(prompt="-", **vars(profile.defaults)).for_model(limits)
+        VideoRequest(prompt="-", **vars(limits.defaults)).for_model(replace(limits, advice=None))
     except RequestError as error:
         reader.problem("reelbatch.json", f"has defaults that the model cannot make: {error}")
     flow_shift = float(configs.get("scheduler", {}).get("shift", 1.0))
-    return ModelInfo(folder, tuple(components), limits, flow_shift, profile, tuple(reader.problems))
+    return ModelInfo(folder, tuple(components), limits, flow_shift, profile, tuple(reader.problems), layout)
 
 
 def _component(name: str, class_name: str, stored: dict[str, StoredTensor]) -> ComponentInfo:
@@ -212,7 +208,9 @@ TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added
 
 
 class _Reader:
-    """Reads the files of a folder and collects what is wrong with them."""
+    """Reads the files of a folder and collects what is wrong with them. layout: once model_index.json has been read."""
+
+    layout: Layout
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -235,28 +233,28 @@ class _Reader:
             self.problem(path, str(error))
         return {}
 
-    def config(self, component: str, name: str) -> dict[str, Any]:
+    def config(self, component: str) -> dict[str, Any]:
         """What a component's configuration says, where it can be used."""
-        path = f"{component}/{name}"
+        path, classes = config_file(component), self.layout.classes[component]
         content = self.json(path)
         listed = content.get("architectures")
         class_name = content.get("_class_name") or (listed[0] if isinstance(listed, list) and listed else listed)
-        if class_name not in (None, *CLASSES[component]):
-            self.problem(path, f"is of class {_named(class_name)}; expected {CLASSES[component][0]}")
+        if class_name not in (None, *classes):
+            self.problem(path, f"is of class {_named(class_name)}; expected {classes[0]}")
         for setting in OTHER_SCHEDULES if component == "scheduler" else ():
             if content.get(setting):
                 self.problem(
                     path,
                     f"sets {setting}; HunyuanVideo's schedule is shift alone, so the videos would not be this model's",
                 )
-        known, faults = check_config(component, content)
+        known, faults = check_config(self.layout.configs[component], content)
         for fault in faults:
             self.problem(path, fault)
         return known
 
     def weights(self, component: str) -> dict[str, StoredTensor]:
         """The tensors of a component's safetensors files, each file checked for completeness."""
-        base = self.folder / component / WEIGHTS[component]
+        base = self.folder / component / self.layout.weights[component]
         single, index = base.with_suffix(".safetensors"), base.with_suffix(".safetensors.index.json")
         shards: dict[Path, set[str]] = {}
         if single.is_file() and index.is_file():
@@ -303,35 +301,15 @@ class _Reader:
             self.problem(index, "lists no files; get it again")
         return shards
 
-    def tokenizer(self, component: str) -> None:
+    def tokenizer(self, component: str, class_name: str) -> None:
         folder = self.folder / component
         enough = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))
-        if not any(all((folder / file).is_file() for file in files) for files in enough):
+        bytes_alone = class_name == "ByT5Tokenizer"  # has no vocabulary
+        if not bytes_alone and not any(all((folder / file).is_file() for file in files) for files in enough):
             self.problem(component, "has neither tokenizer.json nor vocab.json with merges.txt; run the download again")
         for file in (folder / name for name in TOKENIZER_SETTINGS):
             for fault in code_faults(self.json(file)) if file.is_file() else ():
                 self.problem(file, fault)
-
-    def compatibility(self, configs: dict[str, dict[str, Any]]) -> None:
-        """Whether the components are HunyuanVideo's text-to-video ones and fit together."""
-        transformer, path = configs.get("transformer", {}), "transformer/config.json"
-        if kind := transformer.get("image_condition_type"):
-            text = f"is an image-to-video model (image_condition_type {kind}); reelbatch runs text to video"
-            self.problem(path, text)
-        if transformer.get("patch_size_t", 1) != 1:
-            self.problem(path, f"has patch_size_t {transformer['patch_size_t']}; only 1 is known")
-        for setting, other, other_setting in (
-            ("in_channels", "vae", "latent_channels"),
-            ("out_channels", "vae", "latent_channels"),
-            ("text_embed_dim", "text_encoder", "hidden_size"),
-            ("pooled_projection_dim", "text_encoder_2", "hidden_size"),
-        ):
-            value, expected = transformer.get(setting), configs.get(other, {}).get(other_setting)
-            if None not in (value, expected) and value != expected:
-                self.problem(
-                    path,
-                    f"has {setting} {value}, but {other} has {other_setting} {expected}: these are parts of two models",
-                )
 
     def networks(self, configs: dict[str, dict[str, Any]]) -> None:
         """Whether the stored weights are those of the networks, of components that nothing else is wrong with."""
@@ -339,24 +317,27 @@ class _Reader:
             if any(problem.startswith(f"{self.folder / component}/") for problem in self.problems):
                 continue
             try:
-                network = build(component, configs[component])
+                network = build(self.layout.networks[component], configs[component])
             except ValueError as error:
-                self.problem(f"{component}/config.json", str(error))
+                self.problem(config_file(component), str(error))
                 continue
-            for difference in differences(stored, network, component.startswith("text_encoder")):
+            for difference in differences(stored, network):
                 self.problem(component, difference)
 
-    def profile(self) -> FolderProfile:
+    def profile(self) -> tuple[FolderProfile, dict[str, Any]]:
+        """What `reelbatch.json` says, and which defaults."""
         path = "reelbatch.json"
         if not (self.folder / path).is_file():
-            return FolderProfile()
+            return FolderProfile(), {}
         content = self.json(path)
         try:
-            return FolderProfile.model_validate(content)
+            profile = FolderProfile.model_validate(content)
         except ValidationError as error:
             for fault in validation_faults(error):
                 self.problem(path, fault)
-            return FolderProfile()
+            return FolderProfile(), {}
+        said = content.get("defaults", {})
+        return profile, {name: getattr(profile.defaults, name) for name in said}
 
 
 def _why_no_index(folder: Path) -> str:

@@ -10,20 +10,19 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from reelbatch.device import choose_device
-from reelbatch.loading.configs import NETWORKS, check_config, text_encoder_config
+from reelbatch.loading.configs import check_config, transformers_config
 from reelbatch.loading.hashing import weights_hash
 from reelbatch.loading.hub import ModelFolderError
 from reelbatch.loading.inspection import ModelInfo, inspect
+from reelbatch.loading.layout import Contents, config_file
 from reelbatch.loading.lora import check_loras, load_loras, lora_label, lora_record
 from reelbatch.loading.model import Model
 from reelbatch.loading.precision import Precision
 from reelbatch.loading.stored import UNUSED
 from reelbatch.memory.placement import Offload, Placement, check_offload
-from reelbatch.models.hunyuan_video.family import HunyuanVideo
-from reelbatch.models.hunyuan_video.text import DEFAULT_TEMPLATE, TextEncoder
-from reelbatch.models.hunyuan_video.vae import VideoDecoder
 from reelbatch.outside_json import read_object
 from reelbatch.wording import shown_line
 
@@ -58,15 +57,16 @@ def load(
     placement = Placement(device, offload, info.weight_bytes(precision, device), storable=not precision.int8)
     with quiet_progress():
         networks = _load_networks(info, precision, placement, lora)
-    text = _text_encoder(info, networks)
-    family = HunyuanVideo(
-        networks["transformer"],
-        VideoDecoder(networks["vae"]),
-        text,
-        info.flow_shift,
-        info.limits.defaults,
-        device,
+    contents = Contents(
+        networks, _load_tokenizers(info, networks), info.profile.prompt_template, info.limits, info.flow_shift, device
     )
+    try:
+        family = info.layout.build(contents)
+    except ValueError as error:
+        raise ModelFolderError(
+            f"{info.folder / 'reelbatch.json'}: its prompt_template (HunyuanVideo's own where it has none) does not "
+            f"fit the tokenizer: {error}"
+        ) from error
     name = " + ".join([info.name, *(lora_label(path, scale) for path, scale in lora)])
     loras = tuple(lora_record(path, scale) for path, scale in lora)
     weights = weights_hash(info.folder)
@@ -90,7 +90,7 @@ def check(
     if not info.fits(device, precision, offload):
         raise ModelFolderError(f"{folder}: {info.verdict(device, precision)}")
     if lora:
-        transformer = NETWORKS["transformer"]
+        transformer = info.layout.networks["transformer"]
         with torch.device("meta"):  # the shapes of its layers are enough
             check_loras(transformer.from_config(transformer.load_config(str(info.folder / "transformer"))), lora)
     return info, device, precision
@@ -101,7 +101,7 @@ def _load_networks(
 ) -> dict[str, Any]:
     networks: dict[str, Any] = {}
     stored = {component.name: component.stored_bytes for component in info.components}
-    for name, network in NETWORKS.items():
+    for name, network in info.layout.networks.items():
         dtype = precision.of(name)
         with_lora = (
             name == "transformer" and len(lora) > 0
@@ -114,7 +114,7 @@ def _load_networks(
                 local_files_only=True,
                 use_safetensors=True,
                 output_loading_info=True,
-                **_checked_config(info.folder, name),
+                **_own_config(info, name),
                 **precision.loading(name),
             )
         except MemoryError:
@@ -130,15 +130,20 @@ def _load_networks(
             load_loras(module, lora)
         networks[name] = module.eval().requires_grad_(False)
         # at once, so that no two networks are where one has room
-        placement.take(name, module, dtype, HunyuanVideo.phases[name], name in HunyuanVideo.blockwise)
+        layout = info.layout
+        placement.take(name, module, dtype, layout.phases[name], name in layout.blockwise, layout.also.get(name, ()))
     return networks
 
 
-def _checked_config(folder: Path, component: str) -> dict[str, Any]:
+def _own_config(info: ModelInfo, component: str) -> dict[str, Any]:
     """transformers reads no config.json by itself: any entry of it would become an attribute of the configuration."""
-    config, _ = check_config(component, read_object(folder / component / "config.json"))
-    own = text_encoder_config(component, config)
+    own = transformers_config(info.layout.networks[component], _checked_config(info, component))
     return {} if own is None else {"config": own}
+
+
+def _checked_config(info: ModelInfo, component: str) -> dict[str, Any]:
+    config, _ = check_config(info.layout.configs[component], read_object(info.folder / config_file(component)))
+    return config
 
 
 def _stored_dtype(stored_bytes: tuple[tuple[str, int], ...], dtype: torch.dtype) -> torch.dtype:
@@ -147,34 +152,24 @@ def _stored_dtype(stored_bytes: tuple[tuple[str, int], ...], dtype: torch.dtype)
     return STORED[kinds.pop()] if len(kinds) == 1 and kinds <= STORED.keys() else dtype
 
 
-def _text_encoder(info: ModelInfo, networks: dict[str, Any]) -> TextEncoder:
+def _load_tokenizers(info: ModelInfo, networks: dict[str, Any]) -> dict[str, Any]:
+    """And the image processor, of folders that have one."""
     classes = {component.name: component.class_name for component in info.components}
-    tokenizers = []
-    for name, network in (("tokenizer", networks["text_encoder"]), ("tokenizer_2", networks["text_encoder_2"])):
-        tokenizers.append(_load_tokenizer(info.folder / name, classes[name]))
-        if (last := max(tokenizers[-1].get_vocab().values(), default=0)) >= network.config.vocab_size:
-            count = network.config.vocab_size
+    tokenizers: dict[str, Any] = {}
+    for name in ("tokenizer", "tokenizer_2"):
+        tokenizers[name] = _load_tokenizer(info.folder / name, classes[name])
+        count = networks[name.replace("tokenizer", "text_encoder")].config.vocab_size
+        if (last := max(tokenizers[name].get_vocab().values(), default=0)) >= count:
             raise ModelFolderError(
                 f"{info.folder / name}: has a token {last}, and the text encoder has {count}: parts of two models"
             )
-    try:
-        return TextEncoder(
-            networks["text_encoder"],
-            tokenizers[0],
-            networks["text_encoder_2"],
-            tokenizers[1],
-            info.profile.prompt_template or DEFAULT_TEMPLATE,
-        )
-    except ModelFolderError:
-        raise
-    except ValueError as error:
-        raise ModelFolderError(
-            f"{info.folder / 'reelbatch.json'}: its prompt_template (HunyuanVideo's own where it has none) does not "
-            f"fit the tokenizer: {error}"
-        ) from error
+    if "feature_extractor" in classes:
+        # the same numbers whether torchvision is here or not
+        tokenizers["feature_extractor"] = SiglipImageProcessorPil(**_checked_config(info, "feature_extractor"))
+    return tokenizers
 
 
-def _load_tokenizer(folder: Path, class_name: str) -> transformers.PreTrainedTokenizerFast:
+def _load_tokenizer(folder: Path, class_name: str) -> Any:
     # transformers 5 rebuilds a LlamaTokenizer from the vocabulary by Llama 2's rules, and so spells Llama 3's words
     # letter by letter without their spaces. What tokenizer.json says is right.
     if class_name.startswith("Llama") and (folder / "tokenizer.json").is_file():

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from reelbatch.loading.configs import validation_faults
 from reelbatch.outside_json import parse
-from reelbatch.request import shown
+from reelbatch.wording import shown
 
 PREFIX = "transformer."
 MOST_METADATA = 4 * 2**20

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from reelbatch.loading.configs import build, check_config
+from reelbatch.loading import hunyuan_video
+from reelbatch.loading.configs import Config, build, check_config
 from reelbatch.loading.inspection import inspect
+from reelbatch.loading.layout import Contents, Layout
 from reelbatch.loading.precision import NOT_CONVERTED, Precision
-from reelbatch.models.hunyuan_video.family import HunyuanVideo
-from reelbatch.models.hunyuan_video.text import DEFAULT_TEMPLATE, PromptTemplate, TextEncoder
-from reelbatch.models.hunyuan_video.vae import VideoDecoder
+from reelbatch.models.family import Family
+from reelbatch.models.prompts import PromptTemplate
 from reelbatch.outside_json import read_object
 from reelbatch.request import ModelLimits
 from reelbatch.tracing import FAKE
@@ -44,27 +46,26 @@ HUNYUANVIDEO: Mapping[str, Mapping[str, Any]] = {
 """HunyuanVideo (13B): its networks' own defaults, Llama 3 8B (as in LLaVA) and CLIP ViT-L/14."""
 
 
-def hunyuanvideo_13b(precision: Precision, device: torch.device) -> HunyuanVideo:
+def hunyuanvideo_13b(precision: Precision, device: torch.device) -> Family:
     """HunyuanVideo as it was published, from the configurations in the code."""
-    return _family(HUNYUANVIDEO, precision, device, ModelLimits(), 7.0, DEFAULT_TEMPLATE)
+    return _family(hunyuan_video.LAYOUT, HUNYUANVIDEO, precision, device, ModelLimits(), 7.0, None)
 
 
-def from_folder(folder: Path, precision: Precision, device: torch.device) -> HunyuanVideo:
+def from_folder(folder: Path, precision: Precision, device: torch.device) -> Family:
     """The model of a folder in the Diffusers layout, from its JSON files alone.
 
     Raises:
         ValueError: if a config.json is missing or cannot be read.
     """
-    configs = {part: _read_config(folder / part) for part in HUNYUANVIDEO}
     info = inspect(folder)
-    template = info.profile.prompt_template or DEFAULT_TEMPLATE
-    return _family(configs, precision, device, info.limits, info.flow_shift, template)
+    configs = {part: _read_config(folder / part, info.layout.configs[part]) for part in info.layout.networks}
+    return _family(info.layout, configs, precision, device, info.limits, info.flow_shift, info.profile.prompt_template)
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _read_config(folder: Path, kind: type[Config]) -> dict[str, Any]:
     path = folder / "config.json"
     try:
-        config, faults = check_config(folder.name, read_object(path, "a plan needs it"))
+        config, faults = check_config(kind, read_object(path, "a plan needs it"))
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error}); a plan needs it") from None
     except ValueError as error:
@@ -75,23 +76,26 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _family(
+    layout: Layout,
     configs: Mapping[str, Mapping[str, Any]],
     precision: Precision,
     device: torch.device,
     limits: ModelLimits,
     flow_shift: float,
-    template: PromptTemplate,
-) -> HunyuanVideo:
+    template: PromptTemplate | None,
+) -> Family:
     where = device if device.type == "cpu" or torch.cuda.is_available() else torch.device("cpu")
-    networks: dict[str, Any] = {name: build(name, config) for name, config in configs.items()}
+    networks: dict[str, Any] = {name: build(kind, configs[name]) for name, kind in layout.networks.items()}
     if precision.int8:
         _to_int8(networks["transformer"])
     for name, network in networks.items():
         _fake_weights(network.eval(), precision.of(name), where)
-    tokenizer: Any = _LetterTokenizer()
-    text = TextEncoder(networks["text_encoder"], tokenizer, networks["text_encoder_2"], tokenizer, template)
-    decoder = VideoDecoder(networks["vae"])
-    return HunyuanVideo(networks["transformer"], decoder, text, flow_shift, limits.defaults, where)
+    letters: Any = _LetterTokenizer()
+    tokenizers: dict[str, Any] = {"tokenizer": letters, "tokenizer_2": letters}
+    if "image_encoder" in networks:
+        side = networks["image_encoder"].config.image_size
+        tokenizers["feature_extractor"] = SiglipImageProcessorPil(size={"height": side, "width": side})
+    return layout.build(Contents(networks, tokenizers, template, limits, flow_shift, where))
 
 
 def _fake_weights(network: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
@@ -138,6 +142,8 @@ def _to_int8(transformer: nn.Module) -> None:
 
 class _LetterTokenizer:
     """A token for each letter: as good as any where nothing has values."""
+
+    is_fast = True
 
     def __call__(self, text: str, max_length: int | None = None, **_: object) -> SimpleNamespace:
         letters = range(len(text))[:max_length]

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers import PreTrainedModel
 
 from reelbatch.outside_json import parse
 from reelbatch.wording import shown_line
@@ -18,10 +19,10 @@ MOST_HEADER_BYTES = 100_000_000
 """What the safetensors library reads at most."""
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 """Dtypes of weights that are numbers as they are, with no scale that belongs to them."""
-PREFIXES = ("model.", "text_model.")
-"""Before the names of a text encoder that was stored as a part of a larger network, or by an earlier transformers."""
+PREFIXES = ("model.", "text_model.", "vision_model.")
+"""Before the names of an encoder that was stored as a part of a larger network, or by an earlier transformers."""
 UNUSED = re.compile(r"lm_head\.weight|(.+\.)?position_ids|(.+\.)?rotary_emb\.inv_freq")
-"""Stored beside text encoders, and not of their weights: the head for next words, and numbers computed from the
+"""Stored beside encoders, and not of their weights: the head for next words, and numbers computed from the
 configuration, which earlier versions of transformers stored."""
 SHOWN = 3
 
@@ -80,16 +81,15 @@ def _damaged(error: Exception) -> ValueError:
     return ValueError(f"has a damaged header ({shown_line(str(error))})")
 
 
-def differences(stored: Mapping[str, StoredTensor], network: nn.Module, text_encoder: bool) -> list[str]:
+def differences(stored: Mapping[str, StoredTensor], network: nn.Module) -> list[str]:
     """What keeps stored weights from being those of a network: names, shapes, dtypes."""
-    own = {_plain(name, text_encoder): tuple(value.shape) for name, value in network.state_dict().items()}
-    plain = {
-        _plain(name, text_encoder): tensor
-        for name, tensor in stored.items()
-        if not (text_encoder and UNUSED.fullmatch(name))
-    }
+    tower = isinstance(network, PreTrainedModel)
+    weights = {_plain(name, tower): weight for name, weight in network.state_dict(keep_vars=True).items()}
+    own = {name: tuple(weight.shape) for name, weight in weights.items()}
+    plain = {_plain(name, tower): tensor for name, tensor in stored.items() if not (tower and UNUSED.fullmatch(name))}
     faults = []
-    if missing := sorted(own.keys() - plain.keys()):
+    there = {id(weights[name]) for name in own.keys() & plain.keys()}  # a weight of two names is stored by one of them
+    if missing := sorted(name for name, weight in weights.items() if id(weight) not in there):
         faults.append(f"lacks {len(missing)} weights that the network needs, such as {missing[0]}; download it again")
     if unexpected := sorted(plain.keys() - own.keys()):
         faults.append(
@@ -110,8 +110,8 @@ def differences(stored: Mapping[str, StoredTensor], network: nn.Module, text_enc
     return faults
 
 
-def _plain(name: str, text_encoder: bool) -> str:
-    for prefix in PREFIXES if text_encoder else ():
+def _plain(name: str, tower: bool) -> str:
+    for prefix in PREFIXES if tower else ():
         name = name.removeprefix(prefix)
     return name
 

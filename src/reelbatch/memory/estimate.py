@@ -17,6 +17,7 @@ from warnings import catch_warnings, simplefilter
 import torch
 from torch import Tensor
 
+from reelbatch.image import blank
 from reelbatch.memory.placement import Offload
 from reelbatch.memory.streaming import network_bytes, streamed_bytes
 from reelbatch.models.family import PHASES, Family, Phase
@@ -98,6 +99,7 @@ class View(NamedTuple):
     conditioning: object
     latents: Tensor
     timestep: Tensor
+    next_timestep: Tensor
 
 
 class Estimator:
@@ -163,7 +165,8 @@ class Estimator:
         sizes = dict.fromkeys(PHASES, 0)
         for name, network in family.parts.items():
             in_blocks = offload == "block" and name in family.blockwise
-            sizes[family.phases[name]] += streamed_bytes(network) if in_blocks else network_bytes(network)
+            for phase in (family.phases[name], *family.also.get(name, ())):
+                sizes[phase] += streamed_bytes(network) if in_blocks else network_bytes(network)
         return MappingProxyType(sizes)
 
     # -- tensors
@@ -198,7 +201,13 @@ class Estimator:
 
         def step() -> object:
             views = [
-                View(request, self.family.stand_in(request), self._latents(request), self._float(500.0))
+                View(
+                    request,
+                    self.family.stand_in(request),
+                    self._latents(request),
+                    self._float(500.0),
+                    self._float(480.0),
+                )
                 for request in requests
             ]
             branches = [self.family.branches(view) for view in views]
@@ -231,6 +240,7 @@ def _alike(request: VideoRequest) -> VideoRequest:
             "prompt": "-",
             "prompt_2": None,
             "negative_prompt": "" if request.uses_cfg else None,
+            "image": None if request.image is None else blank(),
             "true_cfg": 2.0 if request.uses_cfg else 1.0,
             "seed": 0,
             "steps": None,

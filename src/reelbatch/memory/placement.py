@@ -76,21 +76,25 @@ ReliefKind = Literal["evict", "blocks", "cpu"]
 
 
 def relief_kinds(
-    phase: Phase, parts: Collection[tuple[Phase, bool]], offload: Offload, device: torch.device, storable: bool = True
+    phase: Phase,
+    parts: Collection[tuple[Collection[Phase], bool]],
+    offload: Offload,
+    device: torch.device,
+    storable: bool = True,
 ) -> list[ReliefKind]:
     """What can be done for a phase that runs out of memory, the cheapest first: by where weights can go, and whether
     there is a slower device to compute on.
 
     Args:
-        parts: the phase of each network, and whether its weights can come block by block.
+        parts: the phases that each network works in, and whether its weights can come block by block.
         storable: whether the weights can be written to disk, which is where those of a CPU go.
     """
     on_cpu = device.type == "cpu"
     kinds: list[ReliefKind] = []
     if storable or not on_cpu:
-        if offload == "none" and any(other != phase for other, _ in parts):
+        if offload == "none" and any(phase not in phases for phases, _ in parts):
             kinds.append("evict")
-        if offload != "block" and any(blockwise for own, blockwise in parts if own == phase):
+        if offload != "block" and any(blockwise for phases, blockwise in parts if phase in phases):
             kinds.append("blocks")
     if not on_cpu and phase != "step":
         kinds.append("cpu")
@@ -113,6 +117,8 @@ class _Part:
     network: nn.Module
     phase: Phase
     blockwise: bool
+    also: tuple[Phase, ...] = ()
+    """Further phases that it works in."""
     hook: _Visit | None = None
     group: DiskGroup | None = None
     """Where a whole network waits on disk."""
@@ -121,6 +127,10 @@ class _Part:
     def streams(self) -> bool:
         return bool(groups_of(self.network))
 
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        return (self.phase, *self.also)
+
 
 class _Visit(ModelHook):
     """Called before a network works: has its weights come, and the others' leave.
@@ -128,12 +138,13 @@ class _Visit(ModelHook):
     execution_device: where the network computes.
     """
 
-    def __init__(self, placement: Placement, phase: Phase) -> None:
-        self.placement, self.phase = placement, phase
+    def __init__(self, placement: Placement, phase: Phase, also: tuple[Phase, ...] = ()) -> None:
+        self.placement, self.phase, self.also = placement, phase, also
         self.execution_device = placement.device
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        self.placement.enter(self.phase)
+        if self.placement.here not in self.also:
+            self.placement.enter(self.phase)
         return send_to_device(args, self.execution_device), send_to_device(kwargs, self.execution_device)
 
 
@@ -177,15 +188,24 @@ class Placement:
         """Whether offloaded weights wait on disk: those loaded for it may come in the dtype that they are stored in."""
         return self.offload == "block" and self.device.type == "cpu"
 
-    def take(self, name: str, network: nn.Module, dtype: torch.dtype, phase: Phase, blockwise: bool) -> None:
+    def take(
+        self,
+        name: str,
+        network: nn.Module,
+        dtype: torch.dtype,
+        phase: Phase,
+        blockwise: bool,
+        also: tuple[Phase, ...] = (),
+    ) -> None:
         """Puts a loaded network's weights where they belong.
 
         Args:
             name: of the part. phase: which it works in.
             dtype: to compute in. Weights that wait on disk may come in another, and are cast a block at a time.
             blockwise: whether its weights can come block by block.
+            also: further phases that it works in: its weights are on the device then too.
         """
-        part = _Part(name, network, phase, blockwise)
+        part = _Part(name, network, phase, blockwise, also)
         self._parts.append(part)
         if self.offload == "none":
             network.to(self.device)
@@ -200,7 +220,7 @@ class Placement:
             for group in [*groups_of(network), *([part.group] if part.group else [])]:
                 group.cast(dtype)
             free_memory()
-        part.hook = _Visit(self, phase)
+        part.hook = _Visit(self, phase, also)
         add_hook_to_module(network, part.hook)
 
     def enter(self, phase: Phase) -> None:
@@ -246,7 +266,7 @@ class Placement:
             "blocks": lambda: self.block_by_block(phase),
             "cpu": lambda: self.on_cpu(phase),
         }
-        parts = [(part.phase, part.blockwise) for part in self._parts]
+        parts = [(part.phases, part.blockwise) for part in self._parts]
         kinds = relief_kinds(phase, parts, self.offload, self.device, self.storable)
         return [Relief(relief_words(kind, self.device), entered[kind], exact=kind != "cpu") for kind in kinds]
 
@@ -256,7 +276,7 @@ class Placement:
         self.restore()  # what is still away from an earlier try must not be written over
         with self._for_a_while():
             for part in self._parts if self.offload == "none" else []:
-                if part.phase not in phases:
+                if not set(part.phases) <= set(phases):
                     continue
                 if self.device.type != "cpu":
                     self._undo.append(partial(part.network.to, self.device))
@@ -327,7 +347,7 @@ class Placement:
     # -- small parts -------------------------------------------------------------------------------
 
     def _of(self, phase: Phase) -> list[_Part]:
-        return [part for part in self._parts if part.phase == phase]
+        return [part for part in self._parts if phase in part.phases]
 
     def _disk_group(self, part: _Part) -> DiskGroup:
         """Its weights, which can now go to disk."""

@@ -50,6 +50,10 @@ class SampleView(Protocol):
     def timestep(self) -> Float[Tensor, ""]:
         """sigma × 1000 of the sample's current step, fp32."""
 
+    @property
+    def next_timestep(self) -> Float[Tensor, ""]:
+        """sigma × 1000 that the step leads to, 0 at the last, fp32."""
+
 
 class Family(Protocol):
     """A loaded model.
@@ -60,6 +64,7 @@ class Family(Protocol):
         flow_shift: the timestep shift where a request has none.
         parts: the networks, by the names of their folders.
         phases: the phase that each part works in.
+        also: further phases that a part works in, for the parts that have any.
         blockwise: parts that are entered by their `forward` and run through lists of blocks, so that their weights
             can come block by block.
         dtype: of the transformer's activations.
@@ -70,6 +75,7 @@ class Family(Protocol):
     flow_shift: float
     parts: Mapping[str, nn.Module]
     phases: Mapping[str, Phase]
+    also: Mapping[str, tuple[Phase, ...]]
     blockwise: frozenset[str]
 
     @property

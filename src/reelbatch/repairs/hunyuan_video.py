@@ -21,9 +21,11 @@ from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PRO
 from diffusers.utils.torch_utils import is_compiled_module
 from torch import Tensor, nn
 
+from reelbatch.attention import AUTO
 from reelbatch.models import layers
 from reelbatch.models.hunyuan_video import transformer as ours
 from reelbatch.models.linear import FewRowsLinear
+from reelbatch.models.packed import DIFFUSERS_BACKENDS
 from reelbatch.repairs.fix import CannotRepair, Fix, Undo, require_source
 from reelbatch.repairs.reclass import reclass, reclass_all, stands_in
 from reelbatch.repairs.step_cache import refuse_step_cache
@@ -263,13 +265,13 @@ def _attention_backend(transformer: nn.Module) -> str:
         chosen = getattr(getattr(module, "processor", None), "_attention_backend", None)
         if chosen is not None:
             name = str(getattr(chosen, "value", chosen))
-            if name not in ours.DIFFUSERS_BACKENDS:
+            if name not in DIFFUSERS_BACKENDS:
                 raise CannotRepair(
                     f"the attention backend {name!r} is set, which the repair does not have: call "
                     "pipe.transformer.reset_attention_backend() first. Nothing was changed."
                 )
-            return ours.DIFFUSERS_BACKENDS[name]
-    return ours.AUTO
+            return DIFFUSERS_BACKENDS[name]
+    return AUTO
 
 
 # --------------------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from reelbatch.models.hunyuan_video15.vae import attention_blocks
 from reelbatch.ragged import Lengths
 from reelbatch.repairs.fix import CannotRepair, Fix, Undo, require_source
 from reelbatch.repairs.hunyuan_video15_pipeline import (
@@ -49,7 +50,6 @@ from reelbatch.repairs.hunyuan_video15_pipeline import (
     PromptMajorT2V,
     repair_pipeline,
     repair_vae,
-    vae_blocks,
 )
 from reelbatch.repairs.reclass import reclass, stands_in
 
@@ -94,7 +94,7 @@ def faults(pipe: Any) -> list[Fix]:
             )
         )
     if isinstance(vae, AutoencoderKLHunyuanVideo15) and not all(
-        isinstance(block, FrameCausalAttnBlock) for block in vae_blocks(vae)
+        isinstance(block, FrameCausalAttnBlock) for block in attention_blocks(vae)
     ):
         fixes.append(
             Fix(

@@ -12,10 +12,9 @@ from diffusers import (
     HunyuanVideo15Pipeline,
 )
 from diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15 import HunyuanVideo15AttnBlock
-from jaxtyping import Float
 from torch import Tensor
 
-from reelbatch.models.hunyuan_video.vae import frame_causal_attention
+from reelbatch.models.hunyuan_video15 import vae as video15
 from reelbatch.repairs.fix import Undo, require_source
 from reelbatch.repairs.reclass import reclass, stands_in
 
@@ -34,27 +33,13 @@ ENCODE_PROMPT = "7c7dab5aa17c64949f39d4f9ebd1195d98f3126c526a92e92266865e11044e7
 class FrameCausalAttnBlock(HunyuanVideo15AttnBlock):
     """`HunyuanVideo15AttnBlock` without its mask, for any batch."""
 
-    def forward(self, x: Float[Tensor, "batch channels frames height width"]) -> Tensor:
-        frames, height, width = x.shape[2:]
-        normed = self.norm(x)
-        query, key, value = (
-            # one head: [B, 1, tokens, channels]
-            project(normed).flatten(2).transpose(1, 2).unsqueeze(1).contiguous()
-            for project in (self.to_q, self.to_k, self.to_v)
-        )
-        attended = frame_causal_attention(query, key, value, frames).squeeze(1).transpose(1, 2)
-        return self.proj_out(attended.unflatten(2, (frames, height, width))) + x
-
-
-def vae_blocks(vae: AutoencoderKLHunyuanVideo15) -> list[HunyuanVideo15AttnBlock]:
-    blocks = [*vae.encoder.mid_block.attentions, *vae.decoder.mid_block.attentions]
-    return [block for block in blocks if block is not None]
+    forward = video15.FrameCausalAttnBlock.forward
 
 
 def repair_vae(vae: AutoencoderKLHunyuanVideo15) -> Undo:
     require_source(VAE_SOURCE)
     with ExitStack() as done:
-        for block in vae_blocks(vae):
+        for block in video15.attention_blocks(vae):
             done.callback(reclass(block, FrameCausalAttnBlock))
         return done.pop_all().close
 

@@ -11,7 +11,7 @@ import yaml  # type: ignore[import-untyped]
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from reelbatch.request import shown
+from reelbatch.wording import shown
 
 WHAT = "What is trained"
 DATA = "What it is trained on"

@@ -85,7 +85,7 @@ def tries(setup: Setup, phase: Phase) -> Iterator[Try]:
             beside = (setup.batch_size - alone.batch_size) * setup.estimator.latent_bytes(setup.request)
             start = f"in parts of {alone.batch_size} video{'s' if alone.batch_size > 1 else ''}"
             yield Try(alone, start, beside=beside)
-    parts = [(family.phases[name], name in family.blockwise) for name in family.parts]
+    parts = [((family.phases[name], *family.also.get(name, ())), name in family.blockwise) for name in family.parts]
     further = []
     for kind in relief_kinds(phase, parts, setup.offload, device, storable=not setup.precision.int8):
         words = ", ".join(filter(None, (start, relief_words(kind, device))))

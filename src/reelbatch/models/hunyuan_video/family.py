@@ -53,6 +53,7 @@ class HunyuanVideo:
     phases: Mapping[str, Phase] = MappingProxyType(
         {"text_encoder": "text", "text_encoder_2": "text", "transformer": "step", "vae": "decode"}
     )
+    also: Mapping[str, tuple[Phase, ...]] = MappingProxyType({})
     blockwise = frozenset({"transformer", "text_encoder"})
 
     def __init__(

@@ -16,22 +16,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.loaders import PeftAdapterMixin
-from diffusers.models.cache_utils import CacheMixin
+from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import PixArtAlphaTextProjection, TimestepEmbedding, Timesteps
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import apply_lora_scale
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from reelbatch import ragged
-from reelbatch.attention import AUTO, HeadRules, Mask, Sizes, check_backend, compile_rules, per_sample
 from reelbatch.models.hunyuan_video.branch import Branch
 from reelbatch.models.hunyuan_video.padded import branches_of
 from reelbatch.models.layers import (
@@ -50,18 +46,8 @@ from reelbatch.models.layers import (
     modulated_norm,
 )
 from reelbatch.models.linear import linear, pad_rows, padding_of
+from reelbatch.models.packed import PackedTransformer, check_heads
 from reelbatch.models.pointwise import gelu_tanh
-from reelbatch.tracing import run_block
-
-DIFFUSERS_BACKENDS = {
-    "native": AUTO,
-    "_native_flash": "flash",
-    "_native_cudnn": "cudnn",
-    "_native_efficient": "efficient",
-    "_native_math": "math",
-    "flex": "flex",
-}
-"""Diffusers' names of attention backends, in ours."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +129,7 @@ BLOCK = r"(single_)?transformer_blocks\.\d+\."
 """How the names of layers in blocks begin."""
 
 
-class HunyuanVideoTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
+class HunyuanVideoTransformer3DModel(PackedTransformer):
     """HunyuanVideo's text-to-video transformer, with the configuration and parameters of Diffusers' class of this name.
 
     Args:
@@ -166,7 +152,6 @@ class HunyuanVideoTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
     # Diffusers writes it into model_index.json. With one level more, the folder has the name of one of its pipelines,
     # and it would look for the class there.
     __module__ = "reelbatch.models.hunyuan_video"
-    _supports_gradient_checkpointing = True
     _skip_layerwise_casting_patterns: ClassVar = ["x_embedder", "context_embedder", "norm"]
     _no_split_modules: ClassVar = ["DualStreamBlock", "SingleStreamBlock", "PatchEmbed", "TokenRefiner"]
     layer_groups: ClassVar[dict[str, str]] = {
@@ -209,13 +194,7 @@ class HunyuanVideoTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
                 f"image_condition_type is {image_condition_type!r}; "
                 "it must be None, 'latent_concat' or 'token_replace'."
             )
-        if qk_norm != "rms_norm":
-            raise ValueError(f"qk_norm is {qk_norm!r}; HunyuanVideo's transformer has 'rms_norm'.")
-        if sum(rope_axes_dim) != attention_head_dim:
-            raise ValueError(
-                f"rope_axes_dim {tuple(rope_axes_dim)} sums to {sum(rope_axes_dim)}; "
-                f"it must sum to attention_head_dim, {attention_head_dim}."
-            )
+        check_heads(qk_norm, rope_axes_dim, attention_head_dim)
 
         heads, head_dim = num_attention_heads, attention_head_dim
         dim = heads * head_dim
@@ -230,14 +209,6 @@ class HunyuanVideoTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
         )
         self.norm_out = Modulation(dim, 2)
         self.proj_out = nn.Linear(dim, patch_size_t * patch_size * patch_size * (out_channels or in_channels))
-
-        self.gradient_checkpointing = False
-
-    isolation: Literal["exact", "packed"] = "exact"
-    """How the samples of a padded batch (Diffusers' signature) share the network: each as it would be alone, bit for
-    bit, or all in one pack."""
-    attention_backend: str = AUTO
-    """The kernel of the joint attention: a name in `reelbatch.attention.BACKENDS`, or "auto"."""
 
     @apply_lora_scale("attention_kwargs")
     def forward(
@@ -290,26 +261,8 @@ class HunyuanVideoTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
         sample = torch.stack([velocity for pack in velocities for velocity in pack])
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
-    def set_attention_backend(self, backend: str) -> None:
-        """The kernel of the joint attention, by our name (`reelbatch.attention.BACKENDS`, "auto") or Diffusers' own."""
-        name = DIFFUSERS_BACKENDS.get(backend.lower(), backend.lower())
-        check_backend(name)
-        self.attention_backend = name
-
-    def reset_attention_backend(self) -> None:
-        self.attention_backend = AUTO
-
-    def enable_cache(self, config: Any) -> None:
-        """Refused: Diffusers' step caches decide once for the whole batch."""
-        raise NotImplementedError(
-            f"{type(config).__name__}: a step cache decides once for the whole batch what is computed. One that looks "
-            "at the data would make a video depend on its batch-mates, and those that count steps work on Diffusers' "
-            "own blocks. Run without it (reelbatch.restore(pipe) gives back Diffusers' own "
-            "transformer, which has it)."
-        )
-
     def _packs(self, packs: Sequence[Sequence[Branch]]) -> list[list[Float[Tensor, "channels frames height width"]]]:
-        shapes = [[self._branch_shape(branch) for branch in pack] for pack in packs]
+        shapes = [[self._shape(branch.latents, len(branch.text)) for branch in pack] for pack in packs]
         streams = [self._embed(pack, tuple(shape)) for pack, shape in zip(packs, shapes, strict=True)]
         for block in self.transformer_blocks:
             streams = self._run(block, streams)
@@ -318,11 +271,6 @@ class HunyuanVideoTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
         for block in self.single_transformer_blocks:
             joined = self._run(block, joined)
         return [self._velocities(pack, shape) for pack, shape in zip(joined, shapes, strict=True)]
-
-    def _run(self, block: nn.Module, packs: list[Any]) -> list[Any]:
-        if torch.is_grad_enabled() and self.gradient_checkpointing:
-            return self._gradient_checkpointing_func(block, packs)
-        return run_block(block, packs)
 
     def _embed(self, pack: Sequence[Branch], shapes: tuple[BranchShape, ...]) -> TwoStreams:
         timestep = torch.stack([branch.timestep for branch in pack])
@@ -354,18 +302,6 @@ class HunyuanVideoTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
             attend=self._attending(pack, shapes),
         )
 
-    def _attending(self, pack: Sequence[Branch], shapes: Sequence[BranchShape]) -> Attending:
-        if all(branch.mask is None for branch in pack):
-            return Attending(None, self.attention_backend)
-        masks = tuple(self._mask(branch, shape) for branch, shape in zip(pack, shapes, strict=True))
-        return Attending(masks, self.attention_backend)
-
-    def _mask(self, branch: Branch, shape: BranchShape) -> Mask:
-        heads, tokens = self.config.num_attention_heads, shape.video + shape.text
-        if isinstance(branch.mask, HeadRules):
-            return compile_rules(branch.mask, heads, shape[:3], shape.text, branch.latents.device)
-        return None if branch.mask is None else per_sample(branch.mask, Sizes(1, heads, tokens, tokens))[0]
-
     def _guidance(self, pack: Sequence[Branch]) -> Float[Tensor, " branches"] | None:
         if not self.config.guidance_embeds:
             return None
@@ -382,13 +318,3 @@ class HunyuanVideoTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
             self._unpatchify(part, shape)
             for part, shape in zip(ragged.split(rows, pack.layout.video), shapes, strict=True)
         ]
-
-    def _unpatchify(self, rows: Float[Tensor, "video patch"], shape: BranchShape) -> Tensor:
-        p, p_t = self.config.patch_size, self.config.patch_size_t
-        patches = rows.reshape(shape.frames, shape.height, shape.width, -1, p_t, p, p)
-        return patches.permute(3, 0, 4, 1, 5, 2, 6).flatten(5, 6).flatten(3, 4).flatten(1, 2)
-
-    def _branch_shape(self, branch: Branch) -> BranchShape:
-        _, frames, height, width = branch.latents.shape
-        p, p_t = self.config.patch_size, self.config.patch_size_t
-        return BranchShape(frames // p_t, height // p, width // p, len(branch.text))

@@ -1,0 +1,99 @@
+"""HunyuanVideo 1.5 in the engine: each video of a mixed batch is the video alone, and Diffusers' own."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import PIL.Image
+import pytest
+import tiny15
+import torch
+from tiny15 import mixed, picture
+from torch import Tensor
+
+from reelbatch import VideoRequest
+from reelbatch.engine.engine import Engine
+from reelbatch.loading.model import Model
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["guided", "meanflow"])
+def model(request: pytest.FixtureRequest) -> Model:
+    return tiny15.model(tiny15.pipeline(use_meanflow=request.param))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_video_of_a_mixed_batch_is_the_video_alone(model: Model, dtype: torch.dtype) -> None:
+    family = model.family
+    family.transformer.to(dtype)
+    try:
+        together = Engine(model).generate(mixed())
+        backwards = Engine(model, max_batch_size=2).generate(mixed()[::-1])[::-1]
+        for video, again, request in zip(together, backwards, mixed(), strict=True):
+            family.forget()
+            (alone,) = Engine(model).generate(request)
+            assert video.frames_sha256 == alone.frames_sha256 == again.frames_sha256, request.prompt
+    finally:
+        family.transformer.to(torch.float32)
+
+
+def test_packed_equals_exact_to_rounding(model: Model) -> None:
+    packed = Engine(model, isolation="packed").generate(mixed())
+    for video, exact in zip(packed, Engine(model).generate(mixed()), strict=True):
+        assert (torch.as_tensor(video.frames).int() - torch.as_tensor(exact.frames).int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("guidance", [1.0, tiny15.GUIDANCE])
+@pytest.mark.parametrize("image", [False, True], ids=["text", "image"])
+@torch.no_grad()
+def test_latents_are_those_of_diffusers_pipeline(image: bool, guidance: float) -> None:
+    pipe = tiny15.pipeline("image" if image else "text")
+    pipe.guider = pipe.guider.new(guidance_scale=guidance)
+    pipe.set_progress_bar_config(disable=True)
+    options: dict[str, Any] = {"prompt": 'a red cat "go"', "negative_prompt": "blurry"}
+    content = picture(64, 40)
+    theirs = {"image": PIL.Image.open(io.BytesIO(content))} if image else {"height": 48, "width": 64}
+    expected: Tensor = pipe(
+        **options,
+        **theirs,
+        num_frames=9,
+        num_inference_steps=8,
+        generator=torch.Generator().manual_seed(3),
+        output_type="latent",
+    ).frames[0]
+
+    ours = tiny15.model(tiny15.pipeline())
+    request = VideoRequest(
+        **options,
+        seed=3,
+        frames=9,
+        steps=8,
+        guidance=guidance,
+        **({"image": content} if image else {"height": 48, "width": 64}),
+    )
+    latents = []
+    decode = ours.family.decode
+    ours.family.decode = lambda latent, side: latents.append(latent) or decode(latent, side)  # type: ignore[method-assign]
+    Engine(ours).generate(request)
+    assert latents[0].shape == expected.shape
+    assert (latents[0] - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@torch.no_grad()
+def test_meanflow_is_diffusers_image_pipeline() -> None:
+    """Its text pipeline forgets the second timestep; ours gives it to both."""
+    pipe = tiny15.pipeline(use_meanflow=True)
+    pipe.set_progress_bar_config(disable=True)
+    content = picture(64, 40)
+    expected = pipe(
+        PIL.Image.open(io.BytesIO(content)),
+        "a red cat",
+        num_frames=5,
+        num_inference_steps=4,
+        generator=torch.Generator().manual_seed(3),
+        output_type="pt",
+    ).frames[0]
+    request = VideoRequest(prompt="a red cat", image=content, seed=3, frames=5, steps=4)
+    (video,) = Engine(tiny15.model(tiny15.pipeline(use_meanflow=True))).generate(request)
+    difference = torch.as_tensor(video.frames).permute(0, 3, 1, 2) - expected * 255
+    assert difference.abs().max() <= 0.6

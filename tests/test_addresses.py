@@ -262,7 +262,7 @@ def test_a_text_of_one_new_token_is_no_small_product(tiny_folder: Path) -> None:
         for words in ("cat", "a cat", "a red cat"):
             text.encode(words)
         text.clip(input_ids=torch.tensor([[1]]))
-        text._llama_states([1])
+        text.states._states([1])
     assert calls == {}
 
 

@@ -20,7 +20,7 @@ from reelbatch import VideoRequest
 from reelbatch.engine.engine import Engine
 from reelbatch.loading.load import load
 from reelbatch.loading.model import Model
-from reelbatch.models.hunyuan_video import vae
+from reelbatch.models import vae
 
 MODEL = toy.model()
 

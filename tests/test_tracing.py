@@ -6,6 +6,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -165,6 +166,7 @@ class Toy:
     geometry = Geometry(channels=2, spatial=8, temporal=4)
     phases: Mapping[str, Any] = {"words": "text", "net": "step", "out": "decode"}
     blockwise = frozenset({"net"})
+    also: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self) -> None:
         self.parts = {

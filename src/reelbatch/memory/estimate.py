@@ -130,10 +130,12 @@ class Estimator:
     # -- estimates
 
     def text(self, request: VideoRequest) -> int:
-        """Encoding the longest text that is read."""
-        limits = self.family.limits
-        smallest = {"height": limits.spatial_stride, "width": limits.spatial_stride, "frames": 1, "vae_tiling": None}
-        return self._margin.added_to(self._texts(_alike(request).model_copy(update=smallest)))  # whatever its size
+        """Encoding the longest text that is read, and the image."""
+        wanted = _alike(request)
+        if request.image is None:  # else the VAE encodes it, at the video's size
+            side = self.family.geometry.spatial_stride
+            wanted = wanted.model_copy(update={"height": side, "width": side, "frames": 1, "vae_tiling": None})
+        return self._margin.added_to(self._texts(wanted))
 
     def step(self, requests: Sequence[VideoRequest]) -> int:
         """A step that these requests share, with what is kept of each between steps.

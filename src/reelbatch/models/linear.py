@@ -18,6 +18,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 ROWS = 4
 """Rows of a product from which on its bits do not depend on addresses."""
@@ -70,7 +71,7 @@ class FewRowsLinear(nn.Linear):
 
     def takes(self, rows: Tensor) -> bool:
         """Whether rows [n, features] need no padding."""
-        plain = type(self.weight) is nn.Parameter and rows.dtype == self.weight.dtype == torch.float32
+        plain = type(self.weight) in (nn.Parameter, FakeTensor) and rows.dtype == self.weight.dtype == torch.float32
         few = rows.ndim == 2 and 0 < len(rows) < ROWS and rows.device.type == "cpu"
         return plain and few and not torch.is_grad_enabled()
 

@@ -399,7 +399,9 @@ STORIES = [
                 {"[6.0, 4.5]": f"[6.0, 4.5], {TINY}"},
                 before=f"import reelbatch\nfrom diffusers import HunyuanVideoPipeline\nfolder = {str(DEMO)!r}",
             ),
-            Snippet('engine = Engine.from_pretrained("demo")', leaves={"out/*.mp4": 2, "out/*.json": 2}),
+            Snippet(
+                'VideoRequest\n\nengine = Engine.from_pretrained("demo")', leaves={"out/*.mp4": 2, "out/*.json": 2}
+            ),
             Snippet("from reelbatch.engine.config import EngineConfig", says=["Progress(", "Worked("]),
         ],
     ),

@@ -325,6 +325,7 @@ STORIES = [
             ),
             Command("reelbatch job status suite --watch", stop_at=r"failed +1", exit_code=130),
             lambda folder: (folder / f"suite/{CIRCLE_FILE}0.mp4").rename(folder / "mine"),
+            Command("reelbatch job report suite", says=["report: suite/report.html"]),
             Command("reelbatch job retry suite --failed", says=["1 videos are in line again"]),
             Command(JOB, more="--steps 4", says=["10 of 10"], leaves={f"suite/{CIRCLE_FILE}0.*": 2}),
             damage,

@@ -114,6 +114,14 @@ def folder_in_the_place_of_a_video(folder: Path) -> None:
     write(f"suite/{CIRCLE_FILE}0.mp4/mine.txt", "not of the job")(folder)
 
 
+def model_with_an_image(folder: Path) -> None:
+    """HunyuanVideo 1.5 with random weights, which makes small videos where no size is given."""
+    import tiny15
+
+    tiny15.make_folder(folder / "model")
+    (folder / "dog.png").write_bytes(tiny15.picture(64, 40))
+
+
 def clips(folder: Path) -> None:
     """Clips of the bundled model's little world, with captions; one more is in a list."""
     for to, count in (("clips", "8"), ("more", "1")):
@@ -162,6 +170,27 @@ STORIES = [
                 leaves=videos(2),
             ),
             Command("reelbatch generate --again FILE.mp4", {"FILE": f"out/{CIRCLE_FILE}1"}, says=["bit for bit"]),
+        ],
+    ),
+    Story(
+        "installing, clips and a help",
+        [
+            Command(
+                'pip install "reelbatch[parquet]"',
+                {"install": "install --quiet --no-index --no-deps --find-links $DIST --target here"},
+                leaves={
+                    "here/reelbatch/*": SOME,
+                    "here/reelbatch-*.dist-info/*": SOME,
+                    "here/bin/reelbatch": 1,
+                    "~/*": ANY,
+                },
+            ),
+            Command(
+                "python -m reelbatch.demo.shapes --out clips",
+                more="--clips 8",
+                leaves={"clips/*.mp4": 8, "clips/metadata.jsonl": 1},
+            ),
+            Command("reelbatch train --help", says=["--data", "--resume"]),
         ],
         fast=True,
     ),
@@ -235,11 +264,7 @@ STORIES = [
     Story(
         "README: training",
         [
-            Command(
-                "python -m reelbatch.demo.shapes --out clips",
-                more="--clips 8",
-                leaves={"clips/*.mp4": 8, "clips/metadata.jsonl": 1},
-            ),
+            clips,
             write("lora.yaml", "steps: 2\n"),
             Command("reelbatch train lora.yaml --data clips", leaves=trained("out/train", 2) | ENCODED),
             Command(
@@ -325,7 +350,6 @@ STORIES = [
             ),
             Command("reelbatch job status suite --watch", stop_at=r"failed +1", exit_code=130),
             lambda folder: (folder / f"suite/{CIRCLE_FILE}0.mp4").rename(folder / "mine"),
-            Command("reelbatch job report suite", says=["report: suite/report.html"]),
             Command("reelbatch job retry suite --failed", says=["1 videos are in line again"]),
             Command(JOB, more="--steps 4", says=["10 of 10"], leaves={f"suite/{CIRCLE_FILE}0.*": 2}),
             damage,
@@ -337,6 +361,7 @@ STORIES = [
                 removes=[f"suite/{CIRCLE_FILE}1.mp4", f"suite/{CIRCLE_FILE}1.json"],
             ),
             Command(JOB, more="--steps 4", says=["10 of 10"], leaves={f"suite/{CIRCLE_FILE}1.*": 2}),
+            Command("reelbatch job report suite", says=["suite/report.html", "suite/contact-sheet.png"]),
             write(
                 "suite.csv", 'prompt,tags\n"small green square, down, black",animal\n"small blue star, up, white",\n'
             ),
@@ -367,30 +392,34 @@ STORIES = [
         ],
     ),
     Story(
-        "the package and its modules",
+        "other modules",
         [
-            Command(
-                'pip install "reelbatch[parquet]"',
-                {"install": "install --quiet --no-index --no-deps --find-links $DIST --target here"},
-                leaves={
-                    "here/reelbatch/*": SOME,
-                    "here/reelbatch-*.dist-info/*": SOME,
-                    "here/bin/reelbatch": 1,
-                    "~/*": ANY,
-                },
-            ),
             Command(
                 "python -m reelbatch.demo.evaluate",
                 more="--prompts 2 --steps 2",
                 says=["of all attributes of 2 clips read back as asked"],
             ),
             Command("python -m reelbatch.demo.train --help", says=["Stage 1", "export"]),
-            Command("reelbatch train --help", says=["--data", "--resume"]),
         ],
     ),
     Story(
         "docs/masks.md: pictures",
         [draw_masks, Command("python docs/draw_masks.py", leaves={"docs/masks/*.png": 9})],
+    ),
+    Story(
+        "README: HunyuanVideo 1.5",
+        [
+            model_with_an_image,
+            Snippet(
+                'VideoRequest(prompt="the dog runs", image="dog.png")',
+                {
+                    "/models/HunyuanVideo-1.5-Diffusers-480p_i2v": "model",
+                    'image="dog.png"': 'image="dog.png", width=48, height=32',
+                    "width=848, height=480": "width=32, height=48",
+                },
+                leaves={"out/*.mp4": 2, "out/*.json": 2},
+            ),
+        ],
     ),
     Story(
         "README: from Python",

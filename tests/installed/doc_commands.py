@@ -456,6 +456,3 @@ STORIES = [
         ],
     ),
 ]
-
-SNIPPETS_NOT_RUN = ("/models/HunyuanVideo-1.5-Diffusers-480p_i2v",)
-"""What snippets hold that need a model of which the package has none; tests/test_engine15.py runs the like of them."""

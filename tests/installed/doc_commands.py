@@ -137,6 +137,7 @@ def settings_of_the_page(folder: Path) -> None:
     for old, new in {
         "model: /models/HunyuanVideo": "model: demo",
         "validation_share: 0.05": "validation_share: 0.25",
+        "batch_tokens: 60000": "batch_tokens: 400",
         "steps: 4000": "steps: 2",
         "sample_every: 500": "sample_every: 2",
     }.items():

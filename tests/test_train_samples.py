@@ -67,6 +67,17 @@ def test_a_share_of_samples_is_without_caption_and_the_others_have_any_of_the_wo
         assert rows.count(len(wording)) / len(rows) == pytest.approx((1 - share) / 2, abs=0.08 * (share < 1))
 
 
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_a_share_of_samples_is_shown_without_first_frame_and_is_else_the_same(share: float) -> None:
+    one, other = samples(image_dropout=share), samples(image_dropout=0.0)
+    shown = ["image" in one.draw(number).example.conditioning for number in NUMBERS]
+    assert shown.count(False) / len(shown) == pytest.approx(share, abs=0.08 * (0 < share < 1))
+    for number in NUMBERS[:20]:
+        found, expected = one.draw(number), other.draw(number)
+        assert torch.equal(found.noise, expected.noise) and found.sigma == expected.sigma
+    assert ("image" in one.draw_held_out(0, 0).example.conditioning) == (share < 1)
+
+
 def test_levels_are_shifted_as_the_model_or_the_config_says_or_by_size() -> None:
     levels = [samples(flow_shift=1.0).draw(number).sigma for number in NUMBERS]
     assert float(torch.stack(levels).mean()) == pytest.approx(0.5, abs=0.05)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import clips
@@ -187,11 +188,15 @@ def test_a_clip_gives_what_a_request_with_its_first_frame_gives(
     assert torch.equal(first_frame["first_frame"], expected.image.latents)
     # the VAE is causal: the clip's own first latent frame is that of the frame alone
     torch.testing.assert_close(latents[:, 0], first_frame["first_frame"], rtol=1e-4, atol=1e-4)
-    caption = family.encode_caption(CAPTIONS[1])
-    assert torch.equal(caption["text"], expected.prompts[0].text)
-    assert expected.prompts[0].glyphs is not None and torch.equal(caption["glyphs"], expected.prompts[0].glyphs)
-    rows = family.conditioning_rows({**caption, **first_frame})
-    assert rows == family.rows(request.for_model(family.limits), expected)[0] - 2 * 2 * 3
+    # and so is what the transformer is given at a step
+    conditioning = {**family.encode_caption(CAPTIONS[1]), **first_frame}
+    level = torch.tensor(500.0)
+    step: Any = SimpleNamespace(conditioning=expected, latents=latents, timestep=level, next_timestep=level)
+    generated = family.branches(step)[0]
+    trained = family.training_branch(latents, conditioning, level, torch.tensor(1.0), torch.float32)
+    for name in ("latents", "text", "glyphs", "image", "timestep"):
+        assert torch.equal(getattr(trained, name), getattr(generated, name)), name
+    assert generated.conditioning_rows == family.conditioning_rows(conditioning)
 
 
 # Runs -------------------------------------------------------------------------------------------------------------

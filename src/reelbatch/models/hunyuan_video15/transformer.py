@@ -190,6 +190,11 @@ class HunyuanVideo15Transformer3DModel(PackedTransformer):
         self.norm_out = Modulation(dim, 2)
         self.proj_out = nn.Linear(dim, patch_size_t * patch_size * patch_size * (out_channels or in_channels))
 
+    @property
+    def without_effect(self) -> str:
+        """What follows the last attention in the stream of the conditioning, which is not read any more."""
+        return rf"transformer_blocks\.{self.config.num_layers - 1}\.(attn\.to_add_out|ff_context\..*)"
+
     @apply_lora_scale("attention_kwargs")
     def forward(
         self,
@@ -280,9 +285,10 @@ class HunyuanVideo15Transformer3DModel(PackedTransformer):
             pack[0].latents.dtype,
         )
         condition = conditions(F.silu(embedded), len(pack))  # every modulation begins with this SiLU
+        video = self.x_embedder([branch.latents for branch in pack])
         return TwoStreams(
-            video=self.x_embedder([branch.latents for branch in pack]),
-            text=self._conditioning(pack, timestep),
+            video=video,
+            text=self._conditioning(pack, timestep).to(video.dtype),  # autocast leaves sums and norms in float32
             condition=condition,
             part_condition=condition,
             layout=make_layout(

@@ -235,8 +235,8 @@ Where latents are equal and videos are not, the difference is the VAE's, to whic
 - The tests take tiny tokenizers and models from the hub. They get stand-ins of the same kinds and widths
   (`tests/outside/hub.py`), so that nothing is downloaded. Hence `test_inference`, whose expected numbers belong to the
   hub's tokenizers, fails for everyone.
-- Diffusers has no tests of HunyuanVideo 1.5's image-to-video pipeline. `tests/outside/image_to_video_15.py` puts it into
-  the same mixin, with the components of Diffusers' text-to-video tests and an image.
+- Diffusers has no tests of HunyuanVideo 1.5's image-to-video pipeline. `tests/outside/image_to_video_15.py` puts it
+  into the same mixin, with the components of Diffusers' text-to-video tests and an image.
 - The two skipped batch tests are run, and the two tests above are added (`tests/outside/added.py`).
 
 ## Again

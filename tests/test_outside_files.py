@@ -236,6 +236,13 @@ def test_json_that_no_file_holds(folder: Path, file: str, content: str) -> None:
         load(folder, "cpu")
 
 
+def test_a_tokenizer_that_loads_and_cannot_read(folder: Path) -> None:
+    settings = folder / "tokenizer" / "tokenizer_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "model_max_length": {}}))
+    with pytest.raises(ModelFolderError, match="tokenizer: the tokenizer cannot be loaded: TypeError"):
+        load(folder, "cpu")
+
+
 def test_a_folder_in_the_place_of_settings_that_need_not_be_there_is_passed_over(folder: Path) -> None:
     settings = folder / "tokenizer" / "tokenizer_config.json"
     settings.unlink()

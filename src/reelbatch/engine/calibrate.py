@@ -18,7 +18,7 @@ from reelbatch.loading.identity import any_shape
 from reelbatch.loading.precision import Precision
 from reelbatch.loading.skeleton import from_folder
 from reelbatch.memory.calibration import CORRECTED, ESTIMATES, Calibration, CorrectedPhase, fit, store
-from reelbatch.memory.estimate import LONGEST_PROMPT, Estimator, margin
+from reelbatch.memory.estimate import LONGEST_PROMPT, Estimator, any_image, margin
 from reelbatch.request import ModelLimits, VideoRequest
 
 SIDES, FRAMES, STEPS = (128, 192, 256), (9, 17, 17), 2
@@ -36,7 +36,13 @@ def small_videos(limits: ModelLimits) -> list[VideoRequest]:
         for side, frames in zip(SIDES, FRAMES, strict=True)
     ]
     return [
-        VideoRequest(prompt=LONGEST_PROMPT, height=side, width=side, frames=frames, steps=STEPS, seed=0)
+        VideoRequest(
+            prompt=LONGEST_PROMPT,
+            seed=0,
+            steps=STEPS,
+            frames=frames,
+            **any_image(limits) | {"height": side, "width": side},
+        )
         for side, frames in sizes
     ]
 

@@ -14,7 +14,7 @@ from reelbatch.loading.identity import any_shape
 from reelbatch.loading.precision import Precision
 from reelbatch.memory.calibration import Stored, find
 from reelbatch.memory.cards import Card, card
-from reelbatch.memory.estimate import Plan, how_far_off, margin
+from reelbatch.memory.estimate import Plan, any_image, how_far_off, margin
 from reelbatch.memory.placement import Offload
 from reelbatch.models.family import Phase
 from reelbatch.request import VideoRequest
@@ -173,8 +173,11 @@ def answer(
     precision = Precision.parse(chosen.dtype if chosen and dtype == "auto" else dtype, where)
     planned = open_model(model, where)
     guided: dict[str, Any] = {"negative_prompt": "", "true_cfg": 2.0} if cfg else {}
-    request = VideoRequest(prompt="-", height=height, width=width, frames=frames, vae_tiling=vae_tiling, **guided)
-    request = request.for_model(planned.family(precision).limits)
+    limits = planned.family(precision).limits
+    size = {name: value for name, value in (("height", height), ("width", width)) if value is not None}
+    request = VideoRequest(
+        prompt="-", frames=frames, vae_tiling=vae_tiling, **guided, **any_image(limits) | size
+    ).for_model(limits)
     held = held_bytes("cpu") if where.type == "cpu" else 0
     known, refused = Stored() if chosen else _stored(model, planned, device, precision)
     setup = Setup(planned, request, batch_size, precision, isolation, offload, held=held, calibration=known)

@@ -51,7 +51,7 @@ def fit(image: PIL.Image.Image, height: int, width: int) -> PIL.Image.Image:
 _PIXELS = HunyuanVideo15ImageProcessor(do_resize=False, do_convert_rgb=True)
 
 
-def pixels(image: PIL.Image.Image) -> Float[Tensor, "3 height width"]:
+def pixels_of(image: PIL.Image.Image) -> Float[Tensor, "3 height width"]:
     """As a VAE takes them: fp32, from -1 to 1."""
     values: Tensor = _PIXELS.preprocess(image, height=image.height, width=image.width)[0]
     return values

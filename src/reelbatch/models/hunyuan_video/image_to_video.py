@@ -27,7 +27,7 @@ from reelbatch.models.hunyuan_video.family import AnyHunyuanVideo, Conditioning,
 from reelbatch.models.hunyuan_video.text import TextStates
 from reelbatch.models.hunyuan_video.transformer import HunyuanVideoTransformer3DModel
 from reelbatch.models.hunyuan_video.vae import VideoDecoder
-from reelbatch.models.images import Source, fit, pixels
+from reelbatch.models.images import Source, fit, pixels_of
 from reelbatch.models.noise import Noise
 from reelbatch.models.vae import Posterior
 from reelbatch.request import ModelLimits, VideoRequest
@@ -97,7 +97,7 @@ class ImageToVideo(AnyHunyuanVideo):
         return replace(known, image=(latents * scale).to(self.device))
 
     def _encode_image(self, image: Source, height: int, width: int) -> Posterior:
-        return self.decoder.image_posterior(pixels(fit(image.open(), height, width)))
+        return self.decoder.image_posterior(pixels_of(fit(image.open(), height, width)))
 
     def _conditioning(self, request: VideoRequest, prompts: Sequence[TextStates]) -> Conditioning:
         channels, _, height, width = self.geometry.latent_shape(request)

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import SiglipVisionModel
 
 from reelbatch.models.hunyuan_video15.vae import VideoDecoder
-from reelbatch.models.images import Source, fit
+from reelbatch.models.images import Source, fit, pixels_of
 from reelbatch.models.linear import pad_linears
 from reelbatch.tracing import cached
 
@@ -78,4 +78,4 @@ class ImageEncoder:
         inputs = self.processor.preprocess(images=image, do_resize=True, return_tensors="pt", do_convert_rgb=True)
         pixels = inputs["pixel_values"].to(self.siglip.device, self.siglip.dtype)
         states = self.siglip(pixel_values=pixels).last_hidden_state[0].clone()
-        return ImageStates(states, self.decoder.encode_image(pixels(image)))
+        return ImageStates(states, self.decoder.encode_image(pixels_of(image)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
@@ -151,6 +152,11 @@ class SampleDecoder(ABC):
         video = image.to(self._device, self.vae.dtype)[None, :, None]
         latents = view.encode(video.contiguous()).latent_dist
         return Posterior(latents.mean[0, :, 0].float(), latents.std[0, :, 0].float())
+
+    @property
+    def settings(self) -> str:
+        """The VAE's configuration, as text: with its weights, what latents of a clip depend on."""
+        return json.dumps(dict(self.vae.config), sort_keys=True, default=str)
 
     @property
     def _device(self) -> torch.device:

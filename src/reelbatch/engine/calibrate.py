@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from reelbatch.device import choose_device, free_memory, held_bytes
-from reelbatch.loading.hub import DEMO_FOLDER, model_name
+from reelbatch.loading.hub import model_name, resolve_here
 from reelbatch.loading.identity import any_shape
 from reelbatch.loading.precision import Precision
 from reelbatch.loading.skeleton import from_folder
@@ -114,7 +114,7 @@ def calibrate(model: str, *, device: str = "auto", dtype: str = "auto") -> Calib
         ValueError: for a model that is no folder here, and for a device that is not here.
         RuntimeError: if the process failed, with the end of what it said.
     """
-    folder = DEMO_FOLDER if model == "demo" else Path(model).expanduser()
+    folder = resolve_here(model)
     if not folder.is_dir():
         raise ValueError(f"model {model!r}: no such folder. Calibrating runs the model: give a model folder, or demo")
     chosen = choose_device(device)

@@ -10,6 +10,7 @@ import torch
 
 from reelbatch.device import choose_device, device_memory_bytes, gibibytes, held_bytes
 from reelbatch.engine.planner import Isolation
+from reelbatch.loading.hub import resolve_here
 from reelbatch.loading.identity import any_shape
 from reelbatch.loading.precision import Precision
 from reelbatch.memory.calibration import Stored, find
@@ -20,7 +21,7 @@ from reelbatch.models.family import Phase
 from reelbatch.request import VideoRequest
 from reelbatch.tune.reliefs import Outcome, outcomes
 from reelbatch.tune.remedies import Remedy, remedies
-from reelbatch.tune.setup import PLAIN_13B, Planned, Setup, model_folder, open_model
+from reelbatch.tune.setup import PLAIN_13B, Planned, Setup, open_model
 
 PHASES: Mapping[Phase, str] = {"text": "text encoding", "step": "a denoising step", "decode": "decoding"}
 CUDA = torch.device("cuda")
@@ -208,7 +209,7 @@ def _stored(model: str, planned: Planned, device: str, precision: Precision) -> 
         choose_device(device)
     except ValueError:
         return Stored()
-    return find(any_shape(model_folder(model), planned.name, planned.device, precision))
+    return find(any_shape(resolve_here(model), planned.name, planned.device, precision))
 
 
 def _device(device: str, max_memory: int | None) -> torch.device:

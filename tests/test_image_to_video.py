@@ -64,7 +64,7 @@ def test_every_video_of_a_batch_is_the_video_alone(models: Models, kind: Kind, d
     neighbours = [request.model_copy(update={"prompt": "night", "seed": 9}) for request in requests]
     late = joined_late(model, [neighbours[0], *requests[1:]])
     for number, request in enumerate(requests):
-        model.family.forget()
+        model.family.release()
         expected = videos(model, [request])[request.id]
         assert expected.frames.shape[:3] == (request.frames or 5, *expected.frames.shape[1:3])
         for found in (together, pairs, *([late] if number else [])):

@@ -30,6 +30,7 @@ from reelbatch.loading.precision import Precision
 from reelbatch.loading.skeleton import from_folder
 from reelbatch.loading.stored import StoredTensor, differences
 from reelbatch.memory.estimate import Estimator
+from reelbatch.memory.streaming import groups_of, network_bytes, streamed_bytes
 from reelbatch.models.hunyuan_video.llava import LlavaModel
 from reelbatch.models.hunyuan_video.transformer import HunyuanVideoTransformer3DModel
 from reelbatch.request import RequestDefaults, RequestError
@@ -54,7 +55,15 @@ def test_weights_that_come_and_go_give_the_same_videos(folders: dict[Kind, Path]
     info = inspect(folders[kind])
     assert info.problems == ()
     assert {component.name for component in info.components} == set(info.layout.classes)
-    assert hashes(load(folders[kind], offload="block"), kind) == hashes(load(folders[kind]), kind)
+    streamed = load(folders[kind], offload="block")
+    assert hashes(streamed, kind) == hashes(load(folders[kind]), kind)
+    text = streamed.family.parts["text_encoder"]
+    assert max(map(group_parameters, groups_of(text))) < sum(weight.numel() for weight in text.parameters()) / 3
+    assert streamed_bytes(text) < network_bytes(text)
+
+
+def group_parameters(group: Any) -> int:
+    return sum(weight.numel() for module in group.modules for weight in module.parameters())
 
 
 def test_names_of_every_transformers_are_read(folders: dict[Kind, Path], tmp_path: Path) -> None:

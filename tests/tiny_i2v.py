@@ -146,7 +146,7 @@ def mixed(kind: Kind) -> list[VideoRequest]:
     asked: list[dict[str, Any]] = [
         {"prompt": "a red cat", "image": picture(96, 64), "steps": 3},
         {"prompt": "a dog running right", "image": picture(64, 96, 1), "frames": 1, "height": 32, "width": 48},
-        {"prompt": "a cat", "image": picture(96, 64), "steps": 1, "negative_prompt": "blurry", "true_cfg": 3},
+        {"prompt": "a cat", "image": picture(96, 64, 3), "steps": 1, "negative_prompt": "blurry", "true_cfg": 3},
         {"prompt": "\n\na horse", "image": picture(40, 60, 2), "height": 48, "width": 32, "frames": 9, "guidance": 1},
     ]
     if kind == "skyreels text":

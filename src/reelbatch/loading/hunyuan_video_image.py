@@ -16,7 +16,6 @@ from reelbatch.loading.hunyuan_video import LlamaTextConfig
 from reelbatch.loading.layout import Configs, Contents, shared_problems, with_defaults
 from reelbatch.models.hunyuan_video.image_to_video import (
     IMAGE_STRIDES,
-    LLAVA_BLOCKWISE,
     ImageCondition,
     ImageToVideo,
     input_channels,
@@ -207,7 +206,6 @@ HUNYUAN = replace(
         "image_processor": ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil"),
     },
     networks={**TEXT.networks, "text_encoder": LlavaModel},
-    blockwise=LLAVA_BLOCKWISE,
     configs={**TEXT.configs, "text_encoder": LlavaConfig, "image_processor": ImageProcessorConfig},
     problems=partial(_problems, llava=True),
 )

@@ -109,8 +109,7 @@ class ModelInfo:
             precision = Precision.parse(dtype, device)
             size = {part.name: precision.weight_bytes(part.name, part.parameters) for part in self.components}
             text, transformer = ("text_encoder", "text_encoder_2", "image_encoder"), ("transformer",)
-            whole = tuple(name for name in text if name not in self.layout.blockwise)
-            parts = [("vae",), text, transformer] if offload == "component" else [("vae",), whole]
+            parts = [("vae",), text, transformer] if offload == "component" else [("vae",), text[1:]]
             need = max(sum(size.get(name, 0) for name in names) for names in parts)
             if device.type != "cpu" and total >= device_memory_bytes("cpu"):
                 return False

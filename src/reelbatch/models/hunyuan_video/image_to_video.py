@@ -36,8 +36,6 @@ from reelbatch.tracing import cached
 ImageCondition = Literal["token_replace", "latent_concat", "channels"]
 IMAGE_STRIDES: Mapping[ImageCondition, int] = MappingProxyType({"token_replace": 4, "latent_concat": 2})
 """Every so manieth of LLaVA's states of the image is taken, in the models that have LLaVA."""
-LLAVA_BLOCKWISE = frozenset({"transformer"})
-"""LLaVA is a network of networks, whose blocks do not come one by one: its weights come together."""
 NOISE_SHARE = 0.999
 """Of the latents that HunyuanVideo-I2V begins with; the rest is the image's, in every frame."""
 KEPT_IMAGES = 16
@@ -70,8 +68,6 @@ class ImageToVideo(AnyHunyuanVideo):
     ) -> None:
         super().__init__(transformer, decoder, text, flow_shift, limits, device)
         self.condition = condition
-        if condition in IMAGE_STRIDES:
-            self.blockwise = LLAVA_BLOCKWISE
         if condition == "latent_concat":
             self.geometry = replace(self.geometry, hidden_frames=1)
         self._posterior = cached(KEPT_IMAGES)(self._encode_image)

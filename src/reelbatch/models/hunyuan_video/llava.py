@@ -39,6 +39,9 @@ class LlavaModel(transformers.LlavaModel):
     """transformers' class, that reads a folder of the whole network without a warning of the head for next words,
     which it leaves out."""
 
+    _group_offload_block_modules: ClassVar = ("language_model", "embed_tokens", "vision_tower", "encoder")
+    """Parts whose weights may come by themselves: the two networks and their blocks, and the embedding, which is used
+    before the language model is entered."""
     _keys_to_ignore_on_load_unexpected: ClassVar = [r"lm_head\.weight$"]
 
     @classmethod

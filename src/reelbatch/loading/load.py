@@ -173,9 +173,10 @@ def _load_tokenizer(folder: Path, class_name: str) -> Any:
     # letter by letter without their spaces. What tokenizer.json says is right.
     if class_name.startswith("Llama") and (folder / "tokenizer.json").is_file():
         class_name = "PreTrainedTokenizerFast"
-    tokenizer = getattr(transformers, class_name)
     try:
-        return tokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = getattr(transformers, class_name).from_pretrained(folder, local_files_only=True)
+        tokenizer("a cat")  # some settings are not looked at until then
+        return tokenizer
     except MemoryError:
         raise
     except Exception as error:  # tokenizers raises Exception itself, and transformers whatever a wrong type leads to

@@ -33,6 +33,7 @@ import typer
 
 FILE = "manifest.sqlite"
 PROMPTS = [f"a {size} {color} circle" for size in ("small", "large") for color in ("red", "green", "blue", "yellow")]
+STOPPED = 130  # exit code of a command that SIGTERM asked to save its state and stop
 SIGNALS = {"KILL": signal.SIGKILL, "TERM": signal.SIGTERM, "STOP": signal.SIGSTOP}
 LEASE, BEAT, LONGEST_STOP = 2.0, 0.4, 4.0
 """Seconds: of a lease, between two beats, and for which a process is stopped at most."""
@@ -224,7 +225,7 @@ class Crowd:
         for member in ended:
             self.members.remove(member)
             sent = [-number for number in SIGNALS.values()]
-            if member.code in (0, *sent) or (member.code == 1 and self.retry_given_up()):
+            if member.code in (0, STOPPED, *sent) or (member.code == 1 and self.retry_given_up()):
                 continue
             self.counts.fault("crashed", f"a process ended with {member.code}: {member.log.read_text()[-500:]}")
 

@@ -85,19 +85,20 @@ def padded_loss(
 ) -> Tensor:
     """The flow-matching loss of each sample, over a batch filled up to one size."""
     largest = [max(sizes) for sizes in zip(*(one.latents.shape for one in examples), strict=True)]
-    longest = max(len(one.caption["text"]) for one in examples)
+    longest = max(len(one.conditioning["text"]) for one in examples)
     latents = torch.stack([fill(one.latents, largest) for one in examples])
     eps = torch.stack([fill(one, largest) for one in noise])
     real = torch.stack([fill(torch.ones_like(one.latents), largest) for one in examples])
-    text = torch.stack([fill(one.caption["text"], (longest, one.caption["text"].shape[1])) for one in examples])
-    mask = torch.stack([fill(torch.ones(len(one.caption["text"]), device=text.device), (longest,)) for one in examples])
+    texts = [one.conditioning["text"] for one in examples]
+    mask = torch.stack([fill(torch.ones(len(text), device=text.device), (longest,)) for text in texts])
+    text = torch.stack([fill(text, (longest, text.shape[1])) for text in texts])
     level = sigmas[:, None, None, None, None]
     velocity = network(
         hidden_states=((1 - level) * latents + level * eps).to(dtype),
         timestep=sigmas * TIMESTEPS,
         encoder_hidden_states=text.to(dtype),
         encoder_attention_mask=mask.bool(),
-        pooled_projections=torch.stack([one.caption["pooled"] for one in examples]).to(dtype),
+        pooled_projections=torch.stack([one.conditioning["pooled"] for one in examples]).to(dtype),
         guidance=torch.full_like(sigmas, TIMESTEPS).to(dtype),
         return_dict=False,
     )[0]

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 import reelbatch
 from reelbatch.cli import app, main
+from reelbatch.cli.common import interruptible
 from reelbatch.engine.config import EngineConfig
 from reelbatch.engine.engine import Engine, Progress
 from reelbatch.jobs.display import display
@@ -254,7 +255,7 @@ for line in sys.argv[1:]:
 def test_importing_says_nothing(here: Path) -> None:
     """Each room that users import, in a process of its own with nothing set, forked from one with torch."""
     environment = {name: value for name, value in os.environ.items() if "VERBOSITY" not in name}
-    lines = ("from reelbatch import repair", "from reelbatch import Engine", "import reelbatch.loading.lora")
+    lines = ("from reelbatch import repair", "from reelbatch import Engine")
     done = subprocess.run([sys.executable, "-c", IMPORTS, *lines], capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
     assert "torchvision" not in done.stderr
@@ -336,6 +337,15 @@ def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(tiny_folder: Pat
     assert not list((here / "o").glob("*.part"))
     again = call("generate", "a cat", "--copies", len(done) + 1, *words[4:], "--json")
     assert sorted(record["state"] for record in records(again)) == ["done", *["kept"] * len(done)]
+
+
+def test_a_cluster_that_asks_a_command_to_end_is_answered_as_ctrl_c() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with interruptible() as interrupted:
+        assert not interrupted
+        signal.raise_signal(signal.SIGTERM)
+        assert interrupted == [signal.SIGTERM]
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_model_info_tells_what_a_folder_holds(tiny_folder: Path) -> None:

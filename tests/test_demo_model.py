@@ -69,8 +69,11 @@ def test_the_folder_is_whole_small_and_can_run_here() -> None:
     assert sum(file.stat().st_size for file in DEMO_FOLDER.rglob("*") if file.is_file()) <= MAX_BYTES
 
 
-@pytest.mark.parametrize("guidance", [{}, {"negative_prompt": "small blue cross, up, white", "true_cfg": 2.0}])
-@pytest.mark.parametrize("isolation", ["exact", "packed"])
+@pytest.mark.parametrize(
+    ("isolation", "guidance"),
+    [("packed", {}), ("exact", {"negative_prompt": "small blue cross, up, white", "true_cfg": 2.0})],
+    ids=["packed", "exact-cfg"],
+)
 def test_videos_are_those_of_the_pipeline_over_20_steps(
     engine: Engine, reference: Callable, isolation: str, guidance: dict
 ) -> None:

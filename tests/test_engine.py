@@ -128,12 +128,12 @@ def test_packed_equals_the_request_alone_to_rounding(fp32: Model, requests: list
 
 def test_threads_do_not_make_a_batch_differ_from_its_samples_alone(components: Model) -> None:
     requests = [
-        simple(i, height=32, width=16 * (1 + i % 2), frames=5, steps=2, prompt=" ".join(WORDS[: 3 + i]))
+        simple(i, height=32, width=16 * (1 + i % 2), frames=1 + 4 * (i % 2), steps=2, prompt=" ".join(WORDS[: 3 + i]))
         for i in range(3)
     ]
     threads = torch.get_num_threads()
     try:
-        for count in (1, 2, 3):
+        for count in (2, 3):
             torch.set_num_threads(count)
             for id, video in make(components, requests).items():
                 assert_bit_identical(video, alone(components, next(r for r in requests if r.id == id)))

@@ -122,7 +122,7 @@ def test_what_a_generate_left_comes_out_of_run_while_another_call_gets_its_own(
     assert_all_right({**all_of(engine), **{video.request.id: video for video in others}}, expected)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(raises=st.lists(st.tuples(st.sampled_from(PHASES), st.integers(1, 9)), min_size=1, max_size=4))
 def test_whatever_listeners_raise_whenever_every_request_ends_once(
     model: Model, expected: dict[str, Video], raises: list[tuple[str, int]]

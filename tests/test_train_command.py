@@ -13,6 +13,7 @@ from typing import Any
 
 import clips
 import pytest
+import tiny15
 import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import HuggingFaceStorageReader
@@ -129,10 +130,12 @@ import torch.distributed as group
 child = os.fork()
 os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(int(child == 0))
 starts = [i for i, word in enumerate(sys.argv) if word == "train"]
-ddp, *fsdp = (sys.argv[i:j] for i, j in zip(starts, [*starts[1:], None]))
+commands = [sys.argv[i:j] for i, j in zip(starts, [*starts[1:], None])]
+ddp, fsdp = commands[:2], commands[2:]
 code = 1
 try:
-    assert not reelbatch.cli.app(ddp, standalone_mode=False)
+    for command in ddp:
+        assert not reelbatch.cli.app(command, standalone_mode=False)
     group.destroy_process_group()
     forget_precision()
     os.environ["MASTER_PORT"] = os.environ["OTHER_PORT"]  # one may still find the first group's store
@@ -153,14 +156,17 @@ finally:
 
 
 def test_two_processes_do_what_one_does_on_the_same_batch(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
-    """DDP with a LoRA, then FSDP with all weights: as one process that accumulates two packs."""
-    ways = {"ddp": ["--validation-share", "0.2"], "fsdp": ["--validation-share", "0.2", "--method", "full"]}
+    """DDP with a LoRA, and with all weights of a network whose samples may lack what others have (HunyuanVideo 1.5),
+    then FSDP with all weights: as one process that accumulates two packs."""
+    share, full = ["--validation-share", "0.2"], ["--method", "full"]
+    ways = {"ddp": share, "ddp15": [*share, *full, "--image-dropout", "0.5"], "fsdp": [*share, *full]}
+    models = dict.fromkeys(ways, tiny_folder) | {"ddp15": tiny15.make_folder(tmp_path / "tiny15")}
     resume = ["--resume", str(tmp_path / "fsdp" / "checkpoints" / "step-0000002")]
     for name, more in ways.items():
-        command = flags(tiny_folder, data, tmp_path / f"{name}-alone", "--accumulate", "2", *more)
+        command = flags(models[name], data, tmp_path / f"{name}-alone", "--accumulate", "2", *more)
         one = CliRunner().invoke(app, command)
         assert one.exit_code == 0, one.output
-    commands = [word for name, more in ways.items() for word in flags(tiny_folder, data, tmp_path / name, *more)]
+    commands = [word for name, more in ways.items() for word in flags(models[name], data, tmp_path / name, *more)]
     # FSDP again, from its checkpoint of the second step
     commands[-1:] = [*commands[-1:], "--save-every", "2"]
     commands += [*flags(tiny_folder, data, tmp_path / "fsdp", *ways["fsdp"]), *resume]
@@ -180,7 +186,7 @@ def test_two_processes_do_what_one_does_on_the_same_batch(tiny_folder: Path, dat
         env={**os.environ, **environment},
     )
     assert two.returncode == 0, two.stderr
-    assert two.stderr.count("checkpoint: ") == 4, two.stderr  # the main process speaks for both, once a checkpoint
+    assert two.stderr.count("checkpoint: ") == 5, two.stderr  # the main process speaks for both, once a checkpoint
     assert two.stderr.count("resumed at step 2 from") == 1
     for way in ways:
         theirs, ours = (read_metrics(tmp_path / name / "metrics.csv") for name in (way, f"{way}-alone"))

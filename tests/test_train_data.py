@@ -156,7 +156,7 @@ def test_clips_and_captions_are_encoded_once_and_anew_where_they_changed_or_are_
 
     def encoded(**rules: int) -> tuple[torch.Tensor, torch.Tensor, int]:
         clips = EncodedClips(tmp_path / "cache", family, ClipRules(**rules))
-        return clips.latents(clip), clips.caption("a red cat")["text"], clips.newly_encoded
+        return clips.clip(clip)[0], clips.caption("a red cat")["text"], clips.newly_encoded
 
     latents, text, made = encoded()
     assert made == 2
@@ -183,7 +183,7 @@ def test_clips_and_captions_are_encoded_once_and_anew_where_they_changed_or_are_
 def test_latents_are_those_of_the_vae(tmp_path: Path, family: HunyuanVideo) -> None:
     frames = np.random.default_rng(0).integers(0, 255, (5, 32, 48, 3)).astype(np.uint8)
     clip = Clip(clips.write_video(tmp_path / "a.mp4", frames), ("x",))
-    found = EncodedClips(tmp_path / "cache", family, ClipRules()).latents(clip)
+    found = EncodedClips(tmp_path / "cache", family, ClipRules()).clip(clip)[0]
     vae = family.decoder.vae
     with torch.no_grad():
         video = torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1

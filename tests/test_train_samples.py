@@ -29,8 +29,8 @@ class Encodings:
     def caption(self, text: str) -> dict[str, torch.Tensor]:
         return {"text": torch.zeros(len(text), 2), "pooled": torch.zeros(2)}
 
-    def latents(self, clip: Clip) -> torch.Tensor:
-        return torch.zeros(1, 1, 4, 4)
+    def clip(self, clip: Clip) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return torch.zeros(1, 1, 4, 4), {"image": torch.zeros(3, 2)}
 
 
 def samples(**changes: Any) -> Samples:
@@ -61,10 +61,22 @@ def test_a_sample_is_the_same_by_its_number_and_seed_and_no_other_is() -> None:
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_a_share_of_samples_is_without_caption_and_the_others_have_any_of_the_wordings(share: float) -> None:
     found = samples(caption_dropout=share)
-    rows = [len(found.draw(number).example.caption["text"]) for number in NUMBERS]
+    rows = [len(found.draw(number).example.conditioning["text"]) for number in NUMBERS]
     assert rows.count(0) / len(rows) == pytest.approx(share, abs=0.08 * (0 < share < 1))
     for wording in ("a", "a cat"):
         assert rows.count(len(wording)) / len(rows) == pytest.approx((1 - share) / 2, abs=0.08 * (share < 1))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_a_share_of_samples_is_shown_without_first_frame_and_is_else_the_same(share: float) -> None:
+    one, other = samples(image_dropout=share), samples(image_dropout=0.0)
+    shown = ["image" in one.draw(number).example.conditioning for number in NUMBERS]
+    assert shown.count(False) / len(shown) == pytest.approx(share, abs=0.08 * (0 < share < 1))
+    for number in reversed(NUMBERS[:20]):
+        found, expected = one.draw(number), other.draw(number)
+        assert torch.equal(found.noise, expected.noise) and found.sigma == expected.sigma
+        assert ("image" in found.example.conditioning) == shown[number]  # drawn again, in another order
+    assert ("image" in one.draw_held_out(0, 0).example.conditioning) == (share < 1)
 
 
 def test_levels_are_shifted_as_the_model_or_the_config_says_or_by_size() -> None:

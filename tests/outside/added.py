@@ -24,8 +24,9 @@ differences: dict[str, dict[str, list[float]]] = {}
 
 def add_to(tests: type) -> None:
     for name in SKIPPED:
-        if getattr(vars(tests).get(name), "__unittest_skip__", False):
-            delattr(tests, name)  # what shows then is the mixin's
+        for kind in tests.__mro__:
+            if getattr(vars(kind).get(name), "__unittest_skip__", False):
+                delattr(kind, name)  # what shows then is the mixin's
     tests.test_every_sample_of_a_batch_is_as_alone = every_sample_is_as_alone
     tests.test_video_is_that_of_diffusers = video_is_that_of_diffusers
 

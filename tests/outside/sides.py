@@ -10,7 +10,10 @@ from typing import Any
 
 import diffusers
 
-SUBSTITUTES = {"HunyuanVideoTransformer3DModel": "reelbatch"}
+SUBSTITUTES = {
+    "HunyuanVideoTransformer3DModel": "reelbatch",
+    "HunyuanVideo15Transformer3DModel": "reelbatch.models.hunyuan_video15",
+}
 """Diffusers' class names, and the module that holds ours."""
 
 PIPELINES = ("HunyuanVideoPipeline", "HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline")

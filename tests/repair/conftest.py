@@ -18,6 +18,7 @@ from diffusers import (
 from diffusers import HunyuanVideoTransformer3DModel as Reference
 from leftovers import nothing_left  # noqa: F401  a fixture
 from pipelines import quiet, with_transformer
+from torch.overrides import TorchFunctionMode
 from video15 import make_transformer, make_vae
 
 import reelbatch
@@ -70,15 +71,23 @@ def vae() -> AutoencoderKLHunyuanVideo15:
     return make_vae()
 
 
+class AttentionCalls(TorchFunctionMode):
+    """(mask, samples, queries, keys) of every call of PyTorch's attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, int, int, int]] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            self._note(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _note(self, query, key, value, attn_mask=None, **options) -> None:
+        self.calls.append((attn_mask, query.shape[0], query.shape[-2], key.shape[-2]))
+
+
 @pytest.fixture
-def attention_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, int, int, int]]]:
-    """(mask, batch, queries, keys) of every call of PyTorch's attention."""
-    calls = []
-    attend = F.scaled_dot_product_attention
-
-    def spy(query, key, value, attn_mask=None, **options):
-        calls.append((attn_mask, query.shape[0], query.shape[2], key.shape[2]))
-        return attend(query, key, value, attn_mask=attn_mask, **options)
-
-    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
-    return calls
+def attention_calls() -> Iterator[list[tuple[Any, int, int, int]]]:
+    with AttentionCalls() as noted:
+        yield noted.calls

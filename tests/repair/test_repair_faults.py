@@ -7,10 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from pipelines import PROMPTS, SCALES, SEEDS, TOKENS, difference, generate
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 import reelbatch
 
@@ -20,37 +18,21 @@ def text_lengths(pipe: Any, prompts: list[str]) -> list[int]:
     return [int(row.sum()) for row in mask]
 
 
-class AttentionCalls(TorchFunctionMode):
-    """(has a mask, samples, queries, keys) of every call of PyTorch's attention."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[bool, int, int, int]] = []
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.scaled_dot_product_attention:
-            self._note(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-    def _note(self, query, key, value, attn_mask=None, **options) -> None:
-        self.calls.append((attn_mask is not None, query.shape[0], query.shape[-2], key.shape[-2]))
-
-
-def test_padded_text_and_masks(pipe):
+def test_padded_text_and_masks(pipe, attention_calls):
     lengths = text_lengths(pipe, PROMPTS[:3])
     assert len(set(lengths)) == 3
     video = 2 * 2 * 2
-    with AttentionCalls() as before:
-        generate(pipe, PROMPTS[:3], SEEDS[:3], num_inference_steps=1)
+    generate(pipe, PROMPTS[:3], SEEDS[:3], num_inference_steps=1)
+    calls = [(mask is not None, *sizes) for mask, *sizes in attention_calls]
     # the fault: a mask in every call, and the padding in every block
-    assert set(before.calls[-4:]) == {(True, 3, video + TOKENS, video + TOKENS)}
-    assert before.calls[-6:-4] == 2 * [(True, 3, TOKENS, TOKENS)]
+    assert set(calls[-4:]) == {(True, 3, video + TOKENS, video + TOKENS)}
+    assert calls[-6:-4] == 2 * [(True, 3, TOKENS, TOKENS)]
     reelbatch.repair(pipe)
-    with AttentionCalls() as after:
-        generate(pipe, PROMPTS[:3], SEEDS[:3], num_inference_steps=1)
-    refined = [(False, 1, n, n) for n in lengths for _ in range(2)]
-    joint = [(False, 1, video + n, video + n) for n in lengths]
-    assert after.calls[-18:] == refined + 4 * joint
+    attention_calls.clear()
+    generate(pipe, PROMPTS[:3], SEEDS[:3], num_inference_steps=1)
+    refined = [(None, 1, n, n) for n in lengths for _ in range(2)]
+    joint = [(None, 1, video + n, video + n) for n in lengths]
+    assert attention_calls[-18:] == refined + 4 * joint
 
 
 @pytest.mark.parametrize("place", ["left", "holes"])

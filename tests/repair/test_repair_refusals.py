@@ -130,7 +130,7 @@ def test_attention_processors(pipe):
         with pytest.raises(CannotRepair, match=f"refusals.OwnProcessor where {name} was expected") as refused:
             reelbatch.repair(pipe)
         call = str(refused.value).partition(": ")[2].removesuffix(" Nothing was changed.").removesuffix(".")
-        exec(call, {"pipe": pipe, **{kind.__name__: kind for kind in hunyuan_video.PROCESSORS.values()}})
+        exec(call, {"pipe": pipe, **{kind.__name__: kind for kind in hunyuan_video.NETWORK.processors.values()}})
         kinds = [type(processor) for processor in transformer.attn_processors.values()]
         assert kinds.count(OwnProcessor) == len(kinds) - right
     reelbatch.repair(pipe)

@@ -76,11 +76,19 @@ def group_offload(model: torch.nn.Module, **options: Any) -> Callable[[], int]:
     return lambda: 1
 
 
+def dispatch(model: torch.nn.Module) -> Callable[[], int]:
+    """What `device_map` does, with blocks that wait on the CPU."""
+    names = {name: "cpu" for name, _ in model.named_children()}
+    accelerate.dispatch_model(model, names, main_device="cpu", force_hooks=True)
+    return lambda: 1
+
+
 HOOKS = {
     "accelerate": accelerate_hooks,
     "diffusers": diffusers_hooks,
     "both": both_hooks,
     "cpu_offload": cpu_offload,
+    "device_map": dispatch,
     "group_leaf": functools.partial(group_offload, offload_type="leaf_level"),
     "group_block": functools.partial(group_offload, offload_type="block_level", num_blocks_per_group=1),
 }

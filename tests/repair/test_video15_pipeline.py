@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any
 
 import PIL.Image
@@ -14,8 +15,10 @@ from diffusers import (
     HunyuanVideo15Pipeline,
 )
 from diffusers.guiders import ClassifierFreeGuidance
+from diffusers.hooks import FirstBlockCacheConfig
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15AttnProcessor2_0
+from peft import LoraConfig
 from tokenizers import pre_tokenizers
 from transformers import (
     ByT5Tokenizer,
@@ -30,6 +33,7 @@ from transformers import (
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from video15 import differences, make_transformer, make_vae
 
+import reelbatch
 from reelbatch.repairs import hunyuan_video15
 from reelbatch.repairs.fix import CannotRepair, Undo
 
@@ -96,6 +100,7 @@ def repair_all(pipe: Any) -> list[Undo]:
 
 
 PROMPTS = ["a cat", 'a large red sign that says "go", at night']
+MORE = [*PROMPTS, "two horses running on the sea"]
 NEGATIVE = "blurry"
 
 
@@ -163,12 +168,119 @@ def test_masks_go_with_their_embeddings(image_to_video):
 
 def test_image_to_video():
     pipe = make_pipeline(image_to_video=True)
-    image = PIL.Image.linear_gradient("L").resize((16, 16)).convert("RGB")
-    expected = torch.cat([generate(pipe, p, [i], image=image) for i, p in enumerate(PROMPTS)])
+    expected = torch.cat([generate(pipe, p, [i], image=image()) for i, p in enumerate(PROMPTS)])
     with pytest.raises(RuntimeError, match="broadcast"):
-        generate(pipe, PROMPTS, [0, 1], image=image)
+        generate(pipe, PROMPTS, [0, 1], image=image())
     repair_all(pipe)
-    assert max(differences(generate(pipe, PROMPTS, [0, 1], image=image), expected)) <= 1e-5
+    assert max(differences(generate(pipe, PROMPTS, [0, 1], image=image()), expected)) <= 1e-5
+
+
+def image() -> PIL.Image.Image:
+    return PIL.Image.linear_gradient("L").resize((16, 16)).convert("RGB")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("image_to_video", [False, True], ids=["text", "image"])
+def test_exact_is_bit_for_bit(image_to_video, dtype):
+    pipe = make_pipeline(image_to_video)
+    pipe.transformer.to(dtype)
+    assert len(reelbatch.repair(pipe)) == 3
+    options = {"negative_prompt": NEGATIVE, **({"image": image()} if image_to_video else {})}
+    alone = torch.cat([generate(pipe, prompt, [seed], **options) for seed, prompt in enumerate(MORE)])
+    assert len({video.sum().item() for video in alone}) == len(MORE)
+    for order in ([0, 1, 2], [2, 0], [1, 1, 2]):
+        found = generate(pipe, [MORE[i] for i in order], order, **options)
+        assert torch.equal(found, alone[order])
+    assert not pipe.vae.use_slicing
+    twice = generate(pipe, MORE[:2], [0, 1, 1, 2], num_videos_per_prompt=2, **options)
+    assert torch.equal(twice[0], alone[0])
+    assert torch.equal(twice[2], alone[1])
+    reelbatch.restore(pipe)
+    assert type(pipe) in (HunyuanVideo15Pipeline, HunyuanVideo15ImageToVideoPipeline)
+
+
+def test_packed_is_the_same_to_rounding():
+    pipe = make_pipeline()
+    reelbatch.repair(pipe, isolation="packed")
+    packs = []
+    pipe.transformer.x_embedder.register_forward_pre_hook(lambda _, inputs: packs.append(len(inputs[0])))
+    alone = torch.cat([generate(pipe, prompt, [seed]) for seed, prompt in enumerate(MORE)])
+    packs.clear()
+    assert max(differences(generate(pipe, MORE, [0, 1, 2]), alone)) <= 1e-5
+    assert packs == [3] * len(packs)
+    reelbatch.repair(pipe)
+    packs.clear()
+    generate(pipe, MORE, [0, 1, 2])
+    assert set(packs) == {1}
+    assert pipe.transformer.isolation == "exact"  # but during the call
+
+
+def test_every_text_is_read_alone_and_once():
+    pipe = make_pipeline()
+    reelbatch.repair(pipe)
+    reads = []
+    pipe.text_encoder.register_forward_pre_hook(
+        lambda _, args, kwargs: reads.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    generate(pipe, [MORE[0], MORE[1], MORE[0]], [0, 1, 2], negative_prompt=NEGATIVE)
+    assert reads == [1, 1, 1]
+
+
+@torch.no_grad()
+def test_embeddings_that_are_given():
+    pipe = make_pipeline()
+    names = ("prompt_embeds", "prompt_embeds_mask", "prompt_embeds_2", "prompt_embeds_mask_2")
+    given = dict(zip(names, pipe.encode_prompt(PROMPTS, batch_size=2), strict=True))
+    reelbatch.repair(pipe)
+    found = generate(pipe, None, [0, 1, 2, 3], num_videos_per_prompt=2, **given)
+    assert max(differences(found, generate(pipe, PROMPTS, [0, 1, 2, 3], num_videos_per_prompt=2))) <= 1e-5
+    reads = []
+    pipe.text_encoder.register_forward_pre_hook(
+        lambda _, args, kwargs: reads.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    glyphs = {name: value for name, value in given.items() if name.endswith("_2")}
+    assert torch.equal(generate(pipe, PROMPTS, [0, 1], **glyphs), generate(pipe, PROMPTS, [0, 1]))
+    assert set(reads) == {1}
+    with pytest.raises(ValueError, match="prompt has 3 texts for 2 prompts"):
+        generate(pipe, PROMPTS, [0, 1], negative_prompt=MORE)
+
+
+def test_step_caches_are_refused():
+    pipe = make_pipeline()
+    reelbatch.repair(pipe)
+    with pytest.raises(NotImplementedError, match="decides once for the whole batch"):
+        pipe.transformer.enable_cache(FirstBlockCacheConfig())
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_lora_file(tmp_path, when):
+    """What another pipeline saved is loaded, scaled, and taken off again."""
+    pipe, other = make_pipeline(), make_transformer()
+    torch.manual_seed(0)
+    other.add_adapter(LoraConfig(r=2, target_modules=["to_q", "add_k_proj", "linear_2"], init_lora_weights=False))
+    other.save_lora_adapter(tmp_path)
+    load = partial(
+        pipe.transformer.load_lora_adapter,
+        tmp_path,
+        adapter_name="style",
+        prefix=None,
+        weight_name="pytorch_lora_weights.safetensors",
+    )
+    plain = generate(pipe, PROMPTS[1], [1])
+    if when == "before":
+        load()
+        expected = generate(pipe, PROMPTS[1], [1])
+        assert min(differences(expected, plain)) > 1e-3
+    reelbatch.repair(pipe)
+    if when == "after":
+        load()
+        expected = generate(pipe, PROMPTS[1], [1])
+        assert min(differences(expected, plain)) > 1e-3
+    alone = [generate(pipe, PROMPTS[0], [0]), generate(pipe, PROMPTS[1], [1])]
+    assert torch.equal(generate(pipe, PROMPTS, [0, 1]), torch.cat(alone))
+    assert max(differences(alone[1], expected)) <= 1e-5
+    pipe.transformer.delete_adapters("style")
+    assert max(differences(generate(pipe, PROMPTS[1], [1]), plain)) <= 1e-5
 
 
 def test_changed_encode_prompt_is_refused(monkeypatch):

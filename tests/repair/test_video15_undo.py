@@ -32,7 +32,6 @@ def test_transformer_is_what_it_was(transformer):
     assert hunyuan_video15.faults(SimpleNamespace(transformer=transformer, vae=None)) == []
     assert {n: p.data_ptr() for n, p in transformer.named_parameters()} == state
     undo()
-    undo()  # a second time does nothing
     assert classes(transformer) == found
     assert all(transformer.attn_processors[name] is processor for name, processor in processors.items())
     assert torch.equal(run(transformer, batch), before)
@@ -66,7 +65,7 @@ def test_names_stay(transformer, vae, tmp_path):
         assert str(type(model)) == str(expected)
 
 
-SOURCES = hunyuan_video15.TRANSFORMER_SOURCE + hunyuan_video15_pipeline.VAE_SOURCE
+SOURCES = hunyuan_video15.SOURCE + hunyuan_video15_pipeline.VAE_SOURCE
 
 
 @pytest.mark.parametrize(("owner", "name", "digest"), SOURCES, ids=lambda value: getattr(value, "__name__", ""))

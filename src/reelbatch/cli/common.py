@@ -91,7 +91,10 @@ def command_again(context: typer.Context, **changed: Any) -> str:
 
 @contextmanager
 def interruptible() -> Iterator[list[int]]:
-    """Gives a list that is no longer empty after the first Ctrl-C; a second one stops at once."""
+    """Gives a list that is no longer empty after the first Ctrl-C or SIGTERM; a second one stops at once.
+
+    SIGTERM is what cluster schedulers, service managers and `kill` send some seconds before they end a process.
+    """
     interrupted: list[int] = []
 
     def stop(signum: int, frame: object) -> None:
@@ -101,11 +104,12 @@ def interruptible() -> Iterator[list[int]]:
         interrupted.append(signum)
         say("stopping after this step (Ctrl-C again stops at once)")
 
-    before = signal.signal(signal.SIGINT, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield interrupted
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -7,7 +7,6 @@ channels latents have. A new model is a new room with a class that has these att
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
@@ -140,10 +139,15 @@ class TrainableFamily(Family, Protocol):
 
     Attributes:
         transformer: takes `packs=` as `velocities` does, and gives the same, with gradients. Its class has
-            `layer_groups`, patterns of its linear layers' full names by the groups' names, and `zero_at_start`, a
-            pattern of the names of those that start at zero in an untrained network.
+            `layer_groups`, patterns of its linear layers' full names by the groups' names, `zero_at_start`, a pattern
+            of the names of those that start at zero in an untrained network, `without_effect` and `save_copy`
+            (`models/packed.py`).
+        untrainable: why this model cannot be trained by flow matching; None where it can.
         clip_encoder, caption_encoder: what `encode_clip` and `encode_caption` depend on.
     """
+
+    @property
+    def untrainable(self) -> str | None: ...
 
     @property
     def transformer(self) -> ModelMixin: ...
@@ -154,21 +158,20 @@ class TrainableFamily(Family, Protocol):
     @property
     def caption_encoder(self) -> EncoderIdentity: ...
 
-    def encode_clip(
-        self, frames: UInt8[Tensor, "frames height width 3"]
-    ) -> Float[Tensor, "channels latent_frames h w"]:
-        """Latents as the transformer sees them, fp32, on the CPU; the same every time."""
+    def encode_clip(self, frames: UInt8[Tensor, "frames height width 3"]) -> Mapping[str, Tensor]:
+        """`latents` [channels, latent_frames, h, w], as the transformer sees them, and under other names what the first
+        frame gives to a model that takes one as an image. All fp32, on the CPU; the same every time."""
 
     def encode_caption(self, caption: str) -> Mapping[str, Tensor]:
         """What conditions a sample with this caption, by name, fp32, on the CPU."""
 
-    def caption_rows(self, caption: Mapping[str, Tensor]) -> int:
-        """Transformer rows that an encoded caption takes."""
+    def conditioning_rows(self, conditioning: Mapping[str, Tensor]) -> int:
+        """Transformer rows that a caption, and the first frame if it is among them, take."""
 
-    @staticmethod
     def training_branch(
+        self,
         latents: Float[Tensor, "channels frames height width"],
-        caption: Mapping[str, Tensor],
+        conditioning: Mapping[str, Tensor],
         timestep: Float[Tensor, ""],
         guidance: Float[Tensor, ""],
         dtype: torch.dtype,
@@ -176,14 +179,9 @@ class TrainableFamily(Family, Protocol):
         """What the transformer is given of one sample; all tensors are on its device.
 
         Args:
-            latents: with noise. caption: as `encode_caption` gives it. timestep: sigma × 1000.
+            latents: with noise. timestep: sigma × 1000.
+            conditioning: what `encode_caption` gives and, of samples that are shown their first frame, what
+                `encode_clip` gives besides latents.
             guidance: the embedded guidance scale, for models that take one.
             dtype: of what the transformer is given, the timestep aside.
-        """
-
-    def save_transformer(self, folder: Path, dtype: torch.dtype, weights: Mapping[str, Tensor] | None = None) -> None:
-        """Writes the transformer as a folder of its own, which a model folder can hold.
-
-        Args:
-            weights: to write in the place of those that are in the network.
         """

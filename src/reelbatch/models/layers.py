@@ -323,7 +323,7 @@ class JointAttention(Projections):
             self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
             self.to_add_out = nn.Linear(dim, dim)
 
-    def two_streams(
+    def forward(
         self, video: VideoRows, text: TextRows, layout: Layout, attend: Attending
     ) -> tuple[VideoRows, TextRows]:
         """Updates of video and text, which attend together, each projected by its own weights."""
@@ -373,7 +373,7 @@ class DualStreamBlock(nn.Module):
         c_shift_msa, c_scale_msa, c_gate_msa, c_shift_mlp, c_scale_mlp, c_gate_mlp = self.norm1_context(pack.condition)
 
         # 1. Joint attention
-        video_update, text_update = self.attn.two_streams(
+        video_update, text_update = self.attn(
             modulated_norm(video, layout.video_parts, shift_msa, scale_msa),
             modulated_norm(text, layout.text, c_shift_msa, c_scale_msa),
             layout,

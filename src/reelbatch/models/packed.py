@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
@@ -49,6 +50,12 @@ class PackedTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
     attention_backend: str = AUTO
     """The kernel of the joint attention: a name in `reelbatch.attention.BACKENDS`, or "auto"."""
 
+    @property
+    def without_effect(self) -> str:
+        """A pattern of the full names of layers that no output depends on; they are not trained, as they get no
+        gradient."""
+        return r"(?!)"
+
     def set_attention_backend(self, backend: str) -> None:
         """The kernel of the joint attention, by our name (`reelbatch.attention.BACKENDS`, "auto") or Diffusers' own."""
         name = DIFFUSERS_BACKENDS.get(backend.lower(), backend.lower())
@@ -66,6 +73,16 @@ class PackedTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
             "own blocks. Run without it (reelbatch.restore(pipe) gives back Diffusers' own "
             "transformer, which has it)."
         )
+
+    def save_copy(self, folder: Path, dtype: torch.dtype, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Writes the network as a folder of its own, which a model folder can hold.
+
+        Args:
+            weights: to write in the place of those that are in the network.
+        """
+        copy = type(self).from_config(self.config)
+        copy.load_state_dict(self.state_dict() if weights is None else weights)
+        copy.to(dtype).save_pretrained(folder)
 
     def _run(self, block: nn.Module, packs: list[Any]) -> list[Any]:
         if torch.is_grad_enabled() and self.gradient_checkpointing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -127,6 +128,11 @@ class SampleDecoder(ABC):
         view = self._tiled(self._side(*frames.shape[:3]))
         latents = view.encode(video.contiguous()).latent_dist.mean[0]
         return (latents.float() * vae.config.scaling_factor).cpu()
+
+    @property
+    def settings(self) -> str:
+        """The VAE's configuration, as text: with its weights, what latents of a clip depend on."""
+        return json.dumps(dict(self.vae.config), sort_keys=True, default=str)
 
     @property
     def _device(self) -> torch.device:

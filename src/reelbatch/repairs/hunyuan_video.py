@@ -1,61 +1,43 @@
 """Diffusers' `HunyuanVideoPipeline`, repaired: every video of a batch is the one that it would have been alone.
 
-The transformer's modules become ours where they stand, around their own parameters: our names of parameters are those
-of Diffusers, so only the classes change.
+The transformer's modules become ours where they stand (`network`).
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial, wraps
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import HunyuanVideoPipeline
-from diffusers.models import attention_processor, normalization
+from diffusers.models import normalization
 from diffusers.models.transformers import transformer_hunyuan_video as theirs
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
-from diffusers.utils.torch_utils import is_compiled_module
-from torch import Tensor, nn
+from torch import Tensor
 
-from reelbatch.attention import AUTO
 from reelbatch.models import layers
 from reelbatch.models.hunyuan_video import transformer as ours
-from reelbatch.models.linear import FewRowsLinear
-from reelbatch.models.packed import DIFFUSERS_BACKENDS
+from reelbatch.repairs.alone import Isolated, encode_texts, isolated, one_a_prompt
 from reelbatch.repairs.fix import CannotRepair, Fix, Undo, require_source
-from reelbatch.repairs.reclass import reclass, reclass_all, stands_in
+from reelbatch.repairs.network import (
+    ATTENTION_SOURCE,
+    MODULATION_SOURCE,
+    MODULATIONS,
+    Network,
+    Sources,
+    original,
+    stand_in,
+    transformer_stand_in,
+)
+from reelbatch.repairs.reclass import reclass, stands_in
 from reelbatch.repairs.step_cache import refuse_step_cache
 
-
-class _NoProcessors:
-    """What Diffusers offers on its attention processors, of which a repaired transformer has none in use."""
-
-    def set_attn_processor(self, processor: Any) -> None:
-        raise NotImplementedError(
-            "A repaired transformer computes its attention itself, so a processor would have no effect. Choose a "
-            "kernel with set_attention_backend, or call reelbatch.restore(pipe) first."
-        )
-
-    def fuse_qkv_projections(self) -> None:
-        raise NotImplementedError(
-            "A repaired transformer has no fused projections: call reelbatch.restore(pipe) first."
-        )
-
-
-def _stand_in(our: type, their: type, *bases: type) -> type:
-    return stands_in(type(their.__name__, (*bases, our, their), {}))
-
-
-Transformer = _stand_in(ours.HunyuanVideoTransformer3DModel, theirs.HunyuanVideoTransformer3DModel, _NoProcessors)
-for _names in ("_repeated_blocks", "_no_split_modules"):  # blocks go by the names of the classes they stand in for
-    setattr(Transformer, _names, getattr(theirs.HunyuanVideoTransformer3DModel, _names))
-
+Transformer = transformer_stand_in(ours.HunyuanVideoTransformer3DModel, theirs.HunyuanVideoTransformer3DModel)
 STAND_INS: dict[type, type] = {
-    their: _stand_in(our, their)
+    their: stand_in(our, their)
     for their, our in (
         (theirs.HunyuanVideoPatchEmbed, layers.PatchEmbed),
         (theirs.HunyuanVideoConditionEmbedding, ours.ConditionEmbedding),
@@ -65,21 +47,12 @@ STAND_INS: dict[type, type] = {
         (theirs.HunyuanVideoAdaNorm, layers.Modulation),
         (theirs.HunyuanVideoTransformerBlock, layers.DualStreamBlock),
         (theirs.HunyuanVideoSingleTransformerBlock, ours.SingleStreamBlock),
-        (normalization.AdaLayerNormZero, layers.Modulation),
         (normalization.AdaLayerNormZeroSingle, layers.Modulation),
-        (normalization.AdaLayerNormContinuous, layers.Modulation),
     )
-} | {theirs.HunyuanVideoTransformer3DModel: Transformer}
-REFINER_ATTENTION = _stand_in(layers.RefinerAttention, attention_processor.Attention)
-JOINT_ATTENTION = _stand_in(layers.JointAttention, attention_processor.Attention)
-
-PROCESSORS = {
-    JOINT_ATTENTION: theirs.HunyuanVideoAttnProcessor2_0,
-    REFINER_ATTENTION: attention_processor.AttnProcessor2_0,
-}
+} | {**MODULATIONS, theirs.HunyuanVideoTransformer3DModel: Transformer}
 
 # What the repair was written for: the source of these methods, by SHA-256, in Diffusers 0.42.1
-SOURCE = (
+SOURCE: Sources = (
     (theirs.HunyuanVideoPatchEmbed, "forward", "df04ad880922c13693914c740f32bf021bb8cd643b3405afd4d25d91d641311c"),
     (
         theirs.HunyuanVideoConditionEmbedding,
@@ -108,34 +81,25 @@ SOURCE = (
         "forward",
         "3e921434984e3891860e632e553633cc51b55bdfd5974340aa082d5914cecb00",
     ),
-    (normalization.AdaLayerNormZero, "forward", "93374820c014f8127713d1ba0a6be6bba27e7040238781fd56e42e87bb5366cb"),
     (
         normalization.AdaLayerNormZeroSingle,
         "forward",
         "d48dfb2b1e75e64f48dbe314db50f716acbd81946ad08387b858d08f47bba077",
     ),
     (
-        normalization.AdaLayerNormContinuous,
-        "forward",
-        "da3e50ebcd024fc2040e7e4afc211c8717142198b743486e507c0770fa4b2909",
-    ),
-    (
         theirs.HunyuanVideoTransformer3DModel,
         "forward",
         "f158d8daf9d3db90a26a19a8dbe63cc421082d6e6941324ac0b631be2b4e9437",
     ),
-    (attention_processor.Attention, "forward", "e6822ac3500626c7318b56f135752693a1222976154cbcc8c2e6b5f840d82b6b"),
     (
         theirs.HunyuanVideoAttnProcessor2_0,
         "__call__",
         "9d2e9a44e1dc2bf7a88436d8127cca41c8f29e71b578bb3a64b4dba9aff2babe",
     ),
-    (
-        attention_processor.AttnProcessor2_0,
-        "__call__",
-        "bf23ea5ae40404272695b752532af4cef782d7626168f17e9f0d6652a941dd67",
-    ),
+    *MODULATION_SOURCE,
+    *ATTENTION_SOURCE,
 )
+NETWORK = Network(theirs.HunyuanVideoTransformer3DModel, STAND_INS, theirs.HunyuanVideoAttnProcessor2_0, SOURCE)
 PIPELINE_SOURCE = (
     (HunyuanVideoPipeline, "__call__", "eb448431e314aaf848cd108249c51af3ccd3718c2c5620c1d732217606ab7b2f"),
     (HunyuanVideoPipeline, "encode_prompt", "899556b9f93d3b4c29d5a2d7f049fe16c18fbe96acf6edea2c1d3552c8753203"),
@@ -159,9 +123,7 @@ def faults(pipe: Any) -> list[Fix]:
         pipe: a `HunyuanVideoPipeline`; its transformer may be None.
     """
     fixes = []
-    transformer = pipe.transformer
-    if transformer is not None and is_compiled_module(transformer):
-        transformer = transformer._orig_mod
+    transformer = original(pipe.transformer)
     if transformer is not None and not isinstance(transformer, ours.HunyuanVideoTransformer3DModel):
         fixes.append(
             Fix(
@@ -194,84 +156,13 @@ def faults(pipe: Any) -> list[Fix]:
 
 
 def _repair_transformer(transformer: Any) -> Undo:
-    require_source(SOURCE)
-    if type(transformer) is not theirs.HunyuanVideoTransformer3DModel:
+    condition_type = getattr(getattr(transformer, "config", None), "image_condition_type", None)
+    if condition_type is not None:
         raise CannotRepair(
-            f"the transformer is a {_class_name(transformer)}; the repair is for HunyuanVideoTransformer3DModel. "
+            f"the transformer has image_condition_type {condition_type!r}; the repair is for text-to-video. "
             "Nothing was changed."
         )
-    if transformer.config.image_condition_type is not None:
-        raise CannotRepair(
-            f"the transformer has image_condition_type {transformer.config.image_condition_type!r}; the repair is for "
-            "text-to-video. Nothing was changed."
-        )
-    backend = _attention_backend(transformer)
-    modules = _stand_ins_of(transformer)
-    _refuse_processors(modules)
-    undo = reclass_all((module, new_class) for _, module, new_class in modules)
-    vars(transformer)["attention_backend"] = backend
-    return partial(_restore_transformer, transformer, undo)
-
-
-def _restore_transformer(transformer: Any, undo: Undo) -> None:
-    undo()
-    vars(transformer).pop("attention_backend", None)
-
-
-def _stand_ins_of(transformer: nn.Module) -> list[tuple[str, nn.Module, type]]:
-    """Name, module and new class of every module whose class changes."""
-    stand_ins: list[tuple[str, nn.Module, type]] = []
-    for name, module in transformer.named_modules():
-        their = next((kind for kind in (*STAND_INS, attention_processor.Attention) if isinstance(module, kind)), None)
-        if their is None:
-            continue
-        if type(module) is not their:
-            raise CannotRepair(f"{name} is a {_class_name(module)}, not a {their.__name__}. Nothing was changed.")
-        if their is attention_processor.Attention:
-            attention = REFINER_ATTENTION if name.startswith("context_embedder.") else JOINT_ATTENTION
-            stand_ins.append((name, module, attention))
-        else:
-            stand_ins.append((name, module, STAND_INS[their]))
-            product = getattr(module, "linear", None)
-            if issubclass(STAND_INS[their], layers.Modulation) and type(product) is nn.Linear:
-                stand_ins.append((f"{name}.linear", product, FewRowsLinear))
-    return stand_ins
-
-
-def _class_name(instance: object) -> str:
-    return f"{type(instance).__module__}.{type(instance).__qualname__}"
-
-
-def _refuse_processors(modules: Sequence[tuple[str, nn.Module, type]]) -> None:
-    """Refuse attention that another processor computes than the one that Diffusers gives it."""
-    for attention, expected in PROCESSORS.items():
-        others = {
-            name: _class_name(module.processor)
-            for name, module, new_class in modules
-            if new_class is attention and type(module.processor) is not expected
-        }
-        if others:
-            raise CannotRepair(
-                f"found the attention processor {' and '.join(sorted(set(others.values())))} where "
-                f"{expected.__name__} was expected. Put Diffusers' own back first, with {expected.__name__} of "
-                f"{expected.__module__}: for name in {list(others)}: "
-                f"pipe.transformer.get_submodule(name).set_processor({expected.__name__}()). Nothing was changed."
-            )
-
-
-def _attention_backend(transformer: nn.Module) -> str:
-    """Ours for the backend that was set on the attention processors."""
-    for module in transformer.modules():
-        chosen = getattr(getattr(module, "processor", None), "_attention_backend", None)
-        if chosen is not None:
-            name = str(getattr(chosen, "value", chosen))
-            if name not in DIFFUSERS_BACKENDS:
-                raise CannotRepair(
-                    f"the attention backend {name!r} is set, which the repair does not have: call "
-                    "pipe.transformer.reset_attention_backend() first. Nothing was changed."
-                )
-            return DIFFUSERS_BACKENDS[name]
-    return AUTO
+    return NETWORK.repair(transformer)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -279,11 +170,8 @@ def _attention_backend(transformer: nn.Module) -> str:
 
 
 @stands_in
-class BatchedPipeline(HunyuanVideoPipeline):
+class BatchedPipeline(Isolated, HunyuanVideoPipeline):
     """`HunyuanVideoPipeline` that treats every prompt of a batch as it would alone."""
-
-    isolation: Literal["exact", "packed"] = "exact"
-    """Whether the shapes of every computation are those that a video has alone, or those of the batch."""
 
     def encode_prompt(
         self,
@@ -325,13 +213,9 @@ class BatchedPipeline(HunyuanVideoPipeline):
         return states, pooled, mask
 
     def _encode(self, encode: Callable[[Any], tuple[Tensor, ...]], texts: str | list[str] | None) -> Sequence[Tensor]:
-        """One row a text; in exact isolation each text is read alone, and once."""
         if texts is None:
             raise ValueError("prompt_embeds were given without pooled_prompt_embeds: give both, or neither.")
-        if isinstance(texts, str) or self.isolation == "packed":
-            return encode(texts)
-        rows = {text: encode(text) for text in dict.fromkeys(texts)}
-        return [torch.cat(parts) for parts in zip(*(rows[text] for text in texts), strict=True)]
+        return encode_texts(encode, texts, self.isolation)
 
     @wraps(HunyuanVideoPipeline.__call__)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -342,37 +226,10 @@ class BatchedPipeline(HunyuanVideoPipeline):
         prompt, embeds = given["prompt"], given["prompt_embeds"]
         prompts = len(prompt) if isinstance(prompt, list) else 1 if embeds is None else len(embeds)
         for name in ("prompt_2", "negative_prompt", "negative_prompt_2"):
-            given[name] = _one_a_prompt(name, given[name], prompts)
+            given[name] = one_a_prompt(name, given[name], prompts)
         given["guidance_scale"] = _one_a_video(given["guidance_scale"], prompts, given["num_videos_per_prompt"])
-        with ExitStack() as during:
-            during.enter_context(_set(self.transformer, "isolation", self.isolation))
-            if self.isolation == "exact":
-                during.enter_context(_set(self.vae, "use_slicing", True))  # decodes one video at a time
+        with isolated(self, self.isolation):
             return super().__call__(*call.args[1:], **call.kwargs)
-
-
-@contextmanager
-def _set(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """An attribute's value for a while; an owner that has no such attribute is left alone."""
-    owner = getattr(owner, "_orig_mod", owner)
-    if not hasattr(owner, name):
-        yield
-        return
-    before = {name: vars(owner)[name]} if name in vars(owner) else {}
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        delattr(owner, name)
-        vars(owner).update(before)
-
-
-def _one_a_prompt(name: str, texts: Any, prompts: int) -> Any:
-    if isinstance(texts, str):
-        return [texts] * prompts
-    if isinstance(texts, list) and len(texts) != prompts:
-        raise ValueError(f"{name} has {len(texts)} texts for {prompts} prompts: give one, or one a prompt.")
-    return texts
 
 
 def _one_a_video(scale: float | Sequence[float] | Tensor, prompts: int, copies: int) -> float | list[float]:

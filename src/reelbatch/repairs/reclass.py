@@ -44,7 +44,8 @@ def reclass_all(changes: Iterable[tuple[Any, type]]) -> Undo:
     switches = [(instance, type(instance), new_class) for instance, new_class in changes]
     for _, old_class, new_class in switches:
         if old_class not in new_class.__bases__:
-            expected = " or ".join(base.__name__ for base in new_class.__bases__ if base is not object)
+            theirs = [base for base in new_class.__bases__ if not base.__module__.startswith("reelbatch.")]
+            expected = " or ".join(base.__name__ for base in theirs)
             raise CannotRepair(f"found a {old_class.__module__}.{old_class.__qualname__} where {expected} was expected")
     _switch_all(switches)
     return partial(_switch_all, [(instance, new, old) for instance, old, new in reversed(switches)])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 from diffusers import HunyuanVideo15ImageToVideoPipeline, HunyuanVideo15Pipeline, HunyuanVideoPipeline
 
 from reelbatch.repairs import hunyuan_video, hunyuan_video15
+from reelbatch.repairs.alone import Isolated, Isolation
 from reelbatch.repairs.fix import CannotRepair, Undo
 from reelbatch.repairs.step_cache import refuse_step_cache
 
@@ -46,11 +47,10 @@ class Repaired(NamedTuple):
         return f"{self.fault} → {self.cure}"
 
 
-def repair(pipe: Any, isolation: Literal["exact", "packed"] = "exact") -> list[Repaired]:
+def repair(pipe: Any, isolation: Isolation = "exact") -> list[Repaired]:
     """Makes every video of a batch the one that the pipeline would have given alone, in place.
 
-    Bit for bit for `HunyuanVideoPipeline` in `exact` isolation; to rounding in `packed`, and for the pipelines of
-    HunyuanVideo 1.5 (1.5e-6).
+    Bit for bit in `exact` isolation; to rounding in `packed`.
 
     The parameters stay the very same tensors; hooks (offload), LoRA adapters and quantized layers stay on. The pipeline
     is used as before. Pipelines that share a model share its repair: it lasts until the last of them is restored.
@@ -61,9 +61,8 @@ def repair(pipe: Any, isolation: Literal["exact", "packed"] = "exact") -> list[R
 
     Args:
         pipe: a `HunyuanVideoPipeline`, `HunyuanVideo15Pipeline` or `HunyuanVideo15ImageToVideoPipeline`.
-        isolation: for `HunyuanVideoPipeline`; the others have one kind only. "exact": everything is computed in the
-            shapes that a video has alone, so it is the same bit for bit; "packed": fewer and larger calls, the same to
-            rounding. Repairing again sets it anew.
+        isolation: "exact": everything is computed in the shapes that a video has alone, so it is the same bit for bit;
+            "packed": fewer and larger calls, the same to rounding. Repairing again sets it anew.
 
     Returns:
         What was done; empty if the pipeline was repaired already.
@@ -94,7 +93,7 @@ def repair(pipe: Any, isolation: Literal["exact", "packed"] = "exact") -> list[R
     for part in _parts(pipe):
         if _HELD in vars(part):
             vars(part)[_HELD].pipelines.add(pipe)
-    if isinstance(pipe, hunyuan_video.BatchedPipeline):
+    if isinstance(pipe, Isolated):
         pipe.isolation = isolation
     return [Repaired(fix.fault, fix.cure) for fix in fixes]
 

@@ -30,7 +30,7 @@ CAPTIONS_KEPT = 4096
 
 
 class EncodedClips:
-    """Latents of clips and conditioning of captions, from the cache or else from the model.
+    """Clips and captions, encoded, from the cache or else from the model.
 
     Args:
         folder: of the cache; any number of runs, models and rules may share it.
@@ -46,12 +46,14 @@ class EncodedClips:
         self.newly_encoded = 0
         self.caption = lru_cache(CAPTIONS_KEPT)(self._caption)
 
-    def latents(self, clip: Clip) -> Float[Tensor, "channels frames height width"]:
-        """As `TrainableFamily.encode_clip`. Raises BrokenClip if the file cannot be used."""
+    def clip(self, clip: Clip) -> tuple[Float[Tensor, "channels frames height width"], Mapping[str, Tensor]]:
+        """Latents, and what the first frame gives to a model that takes one as an image (`encode_clip` of
+        `TrainableFamily`). Raises BrokenClip if the file cannot be used."""
         key = _hash("clip", file_hash(clip.path), self.rules.as_text(), self._clip_encoder)
-        return self._entry(key, lambda: {"latents": self._encode(clip.path)})["latents"]
+        first_frame = self._entry(key, lambda: self._encode(clip.path))
+        return first_frame.pop("latents"), first_frame
 
-    def _encode(self, path: Path) -> Tensor:
+    def _encode(self, path: Path) -> Mapping[str, Tensor]:
         return self.family.encode_clip(torch.from_numpy(read_clip(path, self.rules)))
 
     def _caption(self, caption: str) -> Mapping[str, Tensor]:
@@ -141,14 +143,15 @@ class Encoded:
 
     Attributes:
         shape: of its latents, `[channels, frames, height, width]`.
-        video_tokens, text_tokens: transformer rows; the text is its longest caption.
+        video_tokens, conditioning_tokens: transformer rows; the conditioning is its longest caption, and its first
+            frame.
     """
 
     clip: Clip
     shape: tuple[int, ...]
     video_tokens: int
-    text_tokens: int
+    conditioning_tokens: int
 
     @property
     def tokens(self) -> int:
-        return self.video_tokens + self.text_tokens
+        return self.video_tokens + self.conditioning_tokens

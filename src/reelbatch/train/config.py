@@ -86,6 +86,14 @@ class TrainConfig(BaseModel):
         ge=1,
     )
     caption_dropout: float = _in(DATA, "Share of samples that are shown without their caption.", 0.1, ge=0, le=1)
+    image_dropout: float = _in(
+        DATA,
+        "Share of clips that an image-to-video model is shown without their first frame as the image. Of no account to "
+        "other models, and to images: they never have one.",
+        0.1,
+        ge=0,
+        le=1,
+    )
     cache: Path | None = _in(DATA, "Folder for encoded clips; REELBATCH_CACHE or the user's cache if not given.", None)
 
     steps: int = _in(LEARNING, "Optimizer steps in all.", 1000, ge=1)

@@ -60,8 +60,8 @@ def make_dataset(
     own_share = _encode(encoded, clips, accelerator, log)
     results = sorted(gather_object(own_share) if accelerator.num_processes > 1 else own_share)
     usable = {
-        number: Encoded(clips[number], shape, family.geometry.grid(shape).tokens, text_tokens)
-        for number, shape, text_tokens in (result for result in results if len(result) == 3)
+        number: Encoded(clips[number], shape, family.geometry.grid(shape).tokens, rows)
+        for number, shape, rows in (result for result in results if len(result) == 3)
     }
     dataset = Dataset(
         clips=tuple(usable[i] for i in range(len(train)) if i in usable),
@@ -101,7 +101,7 @@ def _rules(config: TrainConfig, limits: ModelLimits) -> ClipRules:
 
 
 Result = tuple[int, tuple[int, ...], int] | tuple[int, str]
-"""Number of a clip, shape of its latents and rows of its longest caption; or number and fault."""
+"""Number of a clip, shape of its latents and rows of its conditioning at most; or number and fault."""
 
 
 def _encode(
@@ -114,12 +114,13 @@ def _encode(
     started = last_log = time.monotonic()
     for count, i in enumerate(share, 1):
         try:
-            shape = tuple(encoded.latents(clips[i]).shape)
+            latents, first_frame = encoded.clip(clips[i])
         except BrokenClip as error:
             results.append((i, str(error)))
             continue
-        rows = max(encoded.family.caption_rows(encoded.caption(caption)) for caption in clips[i].captions)
-        results.append((i, shape, rows))
+        captions = [encoded.caption(caption) for caption in clips[i].captions]
+        rows = max(encoded.family.conditioning_rows({**caption, **first_frame}) for caption in captions)
+        results.append((i, tuple(latents.shape), rows))
         now = time.monotonic()
         if now - last_log > LOG_EVERY_SECONDS:
             last_log, left = now, duration((now - started) * (len(share) - count) / count)

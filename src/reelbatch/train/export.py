@@ -57,7 +57,7 @@ def write_model(
                 os.link(source.resolve(), part / inside)
             except OSError:  # another file system, or one without links
                 shutil.copyfile(source, part / inside)
-    family.save_transformer(part / TRANSFORMER, dtype, state)
+    family.transformer.save_copy(part / TRANSFORMER, dtype, state)
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
     return folder

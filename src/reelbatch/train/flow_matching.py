@@ -17,13 +17,14 @@ TIMESTEPS = 1000.0
 
 @dataclass(frozen=True)
 class Example:
-    """A clip and its caption, both encoded, as a `TrainableFamily` gives them."""
+    """A clip and what conditions it (its caption, its first frame), encoded, as a `TrainableFamily` gives them."""
 
     latents: Float[Tensor, "channels frames height width"]
-    caption: Mapping[str, Tensor]
+    conditioning: Mapping[str, Tensor]
 
     def to(self, device: torch.device) -> Example:
-        return Example(self.latents.to(device), {name: tensor.to(device) for name, tensor in self.caption.items()})
+        conditioning = {name: tensor.to(device) for name, tensor in self.conditioning.items()}
+        return Example(self.latents.to(device), conditioning)
 
 
 def shift(sigmas: Tensor, by: Tensor | float) -> Tensor:
@@ -61,7 +62,7 @@ def flow_matching_loss(
         dtype: of what the network is given.
     """
     pack = [
-        branch((1 - sigma) * example.latents + sigma * eps, example.caption, sigma * TIMESTEPS, scale, dtype)
+        branch((1 - sigma) * example.latents + sigma * eps, example.conditioning, sigma * TIMESTEPS, scale, dtype)
         for example, eps, sigma, scale in zip(examples, noise, sigmas, guidance, strict=True)
     ]
     velocities = transformer(packs=[pack])[0]

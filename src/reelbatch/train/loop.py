@@ -15,14 +15,10 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 
-from reelbatch.loading.hub import resolve
-from reelbatch.loading.load import load
-from reelbatch.loading.model import Model
-from reelbatch.loading.precision import Precision
-from reelbatch.models.family import TrainableFamily
+from reelbatch.train.base_model import load_base
 from reelbatch.train.batches import packs_of_step, share_of
 from reelbatch.train.checkpoints import CheckpointError, Checkpoints, Position, read_position
-from reelbatch.train.config import ConfigError, TrainConfig
+from reelbatch.train.config import TrainConfig
 from reelbatch.train.dataset import make_dataset
 from reelbatch.train.devices import forget_precision, is_sharded, make_accelerator
 from reelbatch.train.export import write_trained
@@ -85,15 +81,6 @@ def train(
             forget_precision()
 
 
-def base_dtype(config: TrainConfig) -> str:
-    """What the transformer is loaded in: fp32 where its weights are trained."""
-    if config.method == "full":
-        return "float32"
-    if config.base_dtype != "auto":
-        return config.base_dtype
-    return {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}[config.mixed_precision]
-
-
 class Run:
     """One training run on one process."""
 
@@ -107,7 +94,7 @@ class Run:
                 f"out={config.out}: a run with checkpoints is there; give resume: auto to go on with it, or another out"
             )
         set_seed(config.seed)
-        self.model, self.family = _load(config, accelerator.device)
+        self.model, self.family = load_base(config, accelerator.device)
         network = self.family.transformer
         self.dtype = torch.float32 if config.method == "full" else self.family.dtype
         prepare_network(network, config)
@@ -378,14 +365,3 @@ class Run:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _load(config: TrainConfig, device: torch.device) -> tuple[Model, TrainableFamily]:
-    """Raises ConfigError for a model that cannot be trained."""
-    precision = Precision.parse(f"transformer={base_dtype(config)}", device)
-    model = load(resolve(config.model), device, precision)
-    family = model.family
-    if not isinstance(family, TrainableFamily):
-        raise ConfigError(f"model={config.model}: a {type(family).__name__} cannot be trained here")
-    family.set_attention_backend(config.attention)
-    return model, family

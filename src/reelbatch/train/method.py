@@ -26,6 +26,9 @@ def prepare_network(network: ModelMixin, config: TrainConfig) -> None:
         if config.weights == "untrained":
             reset_weights(network)
         network.to(torch.float32).requires_grad_(True)
+        for name, module in network.named_modules():
+            if re.fullmatch(network.without_effect, name):
+                module.requires_grad_(False)
     else:
         network.requires_grad_(False)
         _add_lora(network, config)
@@ -54,8 +57,10 @@ def _add_lora(network: ModelMixin, config: TrainConfig) -> None:
 
 
 def target_layers(network: ModelMixin, targets: Iterable[str]) -> list[str]:
-    """The full names of the layers that `targets` name. Raises ConfigError for one that names none."""
-    layers = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    """The full names of the layers that `targets` name, but for those without effect. Raises ConfigError for a target
+    that names none."""
+    linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    layers = [name for name in linear if not re.fullmatch(network.without_effect, name)]
     groups: Mapping[str, str] = network.layer_groups
     chosen: dict[str, None] = {}
     for target in targets:

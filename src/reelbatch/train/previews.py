@@ -28,5 +28,6 @@ def preview_requests(config: TrainConfig, limits: ModelLimits) -> list[VideoRequ
 
 def draw_previews(config: TrainConfig, model: Model, requests: list[VideoRequest], step: int) -> Path:
     """Writes a contact sheet of these requests into the run's folder, and returns its path."""
+    model.family.forget()  # what the transformer made of prompts and images it made with the weights of before
     videos = Engine(model, attention=config.attention).generate(requests)
     return contact_sheet(videos, config.out / "samples" / f"step-{step:07d}.png")

@@ -77,9 +77,11 @@ class Samples:
         high = config.guidance if config.guidance_max is None else config.guidance_max
         guidance = config.guidance + (high - config.guidance) * torch.rand((), generator=generator)
         caption = self.dataset.encoded.caption("" if dropped else clip.clip.captions[wording])
-        latents = self.dataset.encoded.latents(clip.clip)
+        latents, first_frame = self.dataset.encoded.clip(clip.clip)
         noise = torch.randn(latents.shape, generator=generator)
-        return Drawn(Example(latents, caption), shift(sigma, self._shift(clip)), guidance, noise)
+        shown = torch.rand((), generator=generator).item() >= config.image_dropout
+        example = Example(latents, {**caption, **(first_frame if shown else {})})
+        return Drawn(example, shift(sigma, self._shift(clip)), guidance, noise)
 
     def _shift(self, clip: Encoded) -> float:
         by_size = math.sqrt(clip.video_tokens / self.own_tokens) if self.config.shift_by_size else 1.0
@@ -102,9 +104,11 @@ class Samples:
         return packs
 
     def draw_held_out(self, clip: int, level: int) -> Drawn:
-        """A held-out clip at one of the `VALIDATION_LEVELS`: the same in every run."""
+        """A held-out clip at one of the `VALIDATION_LEVELS`: the same in every run, with its first frame unless no
+        sample is ever shown it."""
         held_out = self.dataset.held_out[clip].clip
-        latents = self.dataset.encoded.latents(held_out)
+        latents, first_frame = self.dataset.encoded.clip(held_out)
         noise = torch.randn(latents.shape, generator=generator_of(0, clip, level, 3))
-        example = Example(latents, self.dataset.encoded.caption(held_out.captions[0]))
+        caption = self.dataset.encoded.caption(held_out.captions[0])
+        example = Example(latents, {**caption, **(first_frame if self.config.image_dropout < 1 else {})})
         return Drawn(example, torch.tensor(VALIDATION_LEVELS[level]), torch.tensor(self.config.guidance), noise)

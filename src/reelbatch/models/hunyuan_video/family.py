@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from types import MappingProxyType
 
 import torch
@@ -55,6 +54,7 @@ class HunyuanVideo:
     )
     also: Mapping[str, tuple[Phase, ...]] = MappingProxyType({})
     blockwise = frozenset({"transformer", "text_encoder"})
+    untrainable: str | None = None
 
     def __init__(
         self,
@@ -157,8 +157,7 @@ class HunyuanVideo:
 
     @property
     def clip_encoder(self) -> EncoderIdentity:
-        config = json.dumps(dict(self.decoder.vae.config), sort_keys=True, default=str)
-        return EncoderIdentity((config,), ("vae",))
+        return EncoderIdentity((self.decoder.settings,), ("vae",))
 
     @property
     def caption_encoder(self) -> EncoderIdentity:
@@ -166,36 +165,29 @@ class HunyuanVideo:
         vocabularies = json.dumps([text.tokenizer.get_vocab(), text.tokenizer_2.get_vocab()], sort_keys=True)
         return EncoderIdentity((f"{text.template} {text.max_tokens}", vocabularies), ("text_encoder", "text_encoder_2"))
 
-    def encode_clip(
-        self, frames: UInt8[Tensor, "frames height width 3"]
-    ) -> Float[Tensor, "channels latent_frames h w"]:
-        return self.decoder.encode(frames)
+    def encode_clip(self, frames: UInt8[Tensor, "frames height width 3"]) -> dict[str, Tensor]:
+        return {"latents": self.decoder.encode(frames)}
 
     def encode_caption(self, caption: str) -> dict[str, Tensor]:
         """Llama's states under `text`, CLIP's vector under `pooled`."""
         states = self.text.encode(caption)
         return {"text": states.text.float().cpu(), "pooled": states.pooled.float().cpu()}
 
-    def caption_rows(self, caption: Mapping[str, Tensor]) -> int:
-        return len(caption["text"])
+    def conditioning_rows(self, conditioning: Mapping[str, Tensor]) -> int:
+        return len(conditioning["text"])
 
     @staticmethod
     def training_branch(
         latents: Float[Tensor, "channels frames height width"],
-        caption: Mapping[str, Tensor],
+        conditioning: Mapping[str, Tensor],
         timestep: Float[Tensor, ""],
         guidance: Float[Tensor, ""],
         dtype: torch.dtype,
     ) -> Branch:
         return Branch(
             latents.to(dtype),
-            caption["text"].to(dtype),
-            caption["pooled"].to(dtype),
+            conditioning["text"].to(dtype),
+            conditioning["pooled"].to(dtype),
             timestep,
             guidance.to(dtype) * 1000.0,
         )
-
-    def save_transformer(self, folder: Path, dtype: torch.dtype, weights: Mapping[str, Tensor] | None = None) -> None:
-        copy = HunyuanVideoTransformer3DModel.from_config(self.transformer.config)
-        copy.load_state_dict(self.transformer.state_dict() if weights is None else weights)
-        copy.to(dtype).save_pretrained(folder)

@@ -6,6 +6,7 @@ transformer's dtype, which in bfloat16 rounds a timestep by up to 2 of 1,000: it
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from reelbatch.attention import HeadRules, rule_named
 from reelbatch.geometry import Geometry
-from reelbatch.models.family import Phase, SampleView
+from reelbatch.models.family import EncoderIdentity, Phase, SampleView
 from reelbatch.models.hunyuan_video15.branch import Branch
 from reelbatch.models.hunyuan_video15.images import ImageEncoder, ImageStates
 from reelbatch.models.hunyuan_video15.text import TextEncoder, TextStates, glyph_text
@@ -158,25 +159,13 @@ class HunyuanVideo15:
 
     def branches(self, sample: SampleView) -> list[Branch]:
         known: Conditioning = sample.conditioning
-        inputs = self._inputs(sample.latents, known.image)
+        image, first_frame = (None, None) if known.image is None else (known.image.states, known.image.latents)
+        inputs = with_condition(sample.latents, first_frame, self.dtype)
         timestep_r = sample.next_timestep if self.transformer.config.use_meanflow else None
-        image = None if known.image is None else known.image.states
         return [
             Branch(inputs, prompt.text, sample.timestep, timestep_r, prompt.glyphs, image, known.rules)
             for prompt in known.prompts
         ]
-
-    def _inputs(
-        self, latents: Float[Tensor, "channels frames height width"], image: ImageStates | None
-    ) -> Float[Tensor, "in_channels frames height width"]:
-        """`[latents | condition | mask]`: the image in the first frame of the condition, and 1 there in the mask."""
-        channels = len(latents)
-        inputs = latents.new_zeros(2 * channels + 1, *latents.shape[1:], dtype=self.dtype)
-        inputs[:channels] = latents
-        if image is not None:
-            inputs[channels:-1, 0] = image.latents
-            inputs[-1, 0] = 1
-        return inputs
 
     @torch.no_grad()
     def velocities(self, packs: Sequence[Sequence[Branch]]) -> list[list[Tensor]]:
@@ -206,3 +195,91 @@ class HunyuanVideo15:
 
     def set_attention_backend(self, backend: str) -> None:
         self.transformer.set_attention_backend(backend)
+
+    # -- training ----------------------------------------------------------------------------------
+
+    @property
+    def untrainable(self) -> str | None:
+        if not self.transformer.config.use_meanflow:
+            return None
+        return (
+            "was distilled to few steps (use_meanflow): its network predicts the mean velocity of a step, and the "
+            "flow-matching loss would teach it another thing. Train the model that it was distilled from; a LoRA of "
+            "that fits this one"
+        )
+
+    @property
+    def clip_encoder(self) -> EncoderIdentity:
+        settings = self.decoder.settings
+        if self.images is None:
+            return EncoderIdentity((settings,), ("vae",))
+        return EncoderIdentity((settings, self.images.processor.to_json_string()), ("vae", "image_encoder"))
+
+    @property
+    def caption_encoder(self) -> EncoderIdentity:
+        text = self.text
+        vocabularies = json.dumps([text.tokenizer.get_vocab(), text.tokenizer_2.get_vocab()], sort_keys=True)
+        settings = f"{text.template} {text.max_tokens} {text.max_glyph_tokens}"
+        return EncoderIdentity((settings, vocabularies), ("text_encoder", "text_encoder_2"))
+
+    def encode_clip(self, frames: UInt8[Tensor, "frames height width 3"]) -> dict[str, Tensor]:
+        """`latents`; of an image-to-video model also `image`, SigLIP's states of the first frame, and `first_frame`,
+        the latents of that frame alone: what a request gives with such an image. A clip of one frame has neither, as it
+        would be its own answer."""
+        encoded = {"latents": self.decoder.encode(frames)}
+        if self.images is not None and len(frames) > 1:
+            states = self.images.encode_frame(frames[0])
+            encoded |= {"image": states.states.float().cpu(), "first_frame": states.latents.float().cpu()}
+        return encoded
+
+    def encode_caption(self, caption: str) -> dict[str, Tensor]:
+        """Qwen's states under `text`, ByT5's under `glyphs` where the caption quotes words."""
+        states = self.text.encode(caption)
+        encoded = {"text": states.text.float().cpu()}
+        if states.glyphs is not None:
+            encoded["glyphs"] = states.glyphs.float().cpu()
+        return encoded
+
+    def conditioning_rows(self, conditioning: Mapping[str, Tensor]) -> int:
+        return sum(len(conditioning[name]) for name in ("image", "glyphs", "text") if name in conditioning)
+
+    def training_branch(
+        self,
+        latents: Float[Tensor, "channels frames height width"],
+        conditioning: Mapping[str, Tensor],
+        timestep: Float[Tensor, ""],
+        guidance: Float[Tensor, ""],
+        dtype: torch.dtype,
+    ) -> Branch:
+        """A piece that the sample lacks has no rows, and is there: every weight then gets a gradient in every step, as
+        training on several devices needs."""
+        config = self.transformer.config
+
+        def states(name: str, width: int) -> Tensor:
+            given = conditioning.get(name)
+            # a copy: what the transformer keeps for a tensor of states is for weights that do not change
+            return latents.new_zeros(0, width, dtype=dtype) if given is None else given.to(dtype, copy=True)
+
+        return Branch(
+            with_condition(latents, conditioning.get("first_frame"), dtype),
+            conditioning["text"].to(dtype),
+            timestep,
+            glyphs=states("glyphs", config.text_embed_2_dim),
+            image=states("image", config.image_embed_dim),
+        )
+
+
+def with_condition(
+    latents: Float[Tensor, "channels frames height width"],
+    first_frame: Float[Tensor, "channels height width"] | None,
+    dtype: torch.dtype,
+) -> Float[Tensor, "in_channels frames height width"]:
+    """`[latents | condition | mask]`: the image's latents in the first frame of the condition, and 1 there in the
+    mask; zeros elsewhere."""
+    channels = len(latents)
+    inputs = latents.new_zeros(2 * channels + 1, *latents.shape[1:], dtype=dtype)
+    inputs[:channels] = latents
+    if first_frame is not None:
+        inputs[channels:-1, 0] = first_frame
+        inputs[-1, 0] = 1
+    return inputs

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from diffusers.pipelines.hunyuan_video1_5.image_processor import HunyuanVideo15ImageProcessor
-from jaxtyping import Float
-from PIL.Image import Image
+from jaxtyping import Float, UInt8
+from PIL.Image import Image, fromarray
 from torch import Tensor
 from transformers import SiglipVisionModel
 
@@ -87,17 +87,23 @@ class ImageEncoder:
         """
         return self._kept(_Source(source, identity), height, width)
 
+    def encode_frame(self, frame: UInt8[Tensor, "height width 3"]) -> ImageStates:
+        """States of a video's first frame, which has its size already; they are not kept."""
+        return self._states(fromarray(frame.numpy()))
+
     def forget(self) -> None:
         """Drops what is kept of images encoded so far."""
         self._kept.cache_clear()
 
-    @torch.no_grad()
     def _encode(self, source: _Source, height: int, width: int) -> ImageStates:
-        image = fit(source.open(), height, width)
+        return self._states(fit(source.open(), height, width))
+
+    @torch.no_grad()
+    def _states(self, image: Image) -> ImageStates:
         inputs = self.processor.preprocess(images=image, do_resize=True, return_tensors="pt", do_convert_rgb=True)
         pixels = inputs["pixel_values"].to(self.siglip.device, self.siglip.dtype)
         states = self.siglip(pixel_values=pixels).last_hidden_state[0].clone()
-        frame = self._pixels.preprocess(image, height=height, width=width)[0]
+        frame = self._pixels.preprocess(image, height=image.height, width=image.width)[0]
         return ImageStates(states, self.decoder.encode_image(frame))
 
 

@@ -25,14 +25,16 @@ import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import apply_lora_scale
-from jaxtyping import Float
+from jaxtyping import Float, Int, Shaped
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from reelbatch import ragged
 from reelbatch.attention import once
 from reelbatch.models.hunyuan_video15.branch import Branch
+from reelbatch.models.hunyuan_video15.padded import branches_of
 from reelbatch.models.layers import (
     BranchShape,
     DualStreamBlock,
@@ -46,11 +48,18 @@ from reelbatch.models.layers import (
 )
 from reelbatch.models.linear import linear, pad_rows, padding_of
 from reelbatch.models.packed import PackedTransformer, check_heads
+from reelbatch.tracing import cached
 
 GLYPH_HIDDEN = 2048
 """Width between the layers of the glyphs' projection, whatever the width of the network."""
 TEXT, GLYPHS, IMAGE = range(3)
 """Rows of `cond_type_embed`."""
+
+
+@cached(4)
+def _kinds(device: torch.device) -> Int[Tensor, " 3"]:
+    with torch.inference_mode(False):  # what is kept serves training too
+        return torch.arange(3, device=device)
 
 
 class TimeEmbedding(nn.Module):
@@ -69,7 +78,7 @@ class TimeEmbedding(nn.Module):
         dtype: torch.dtype,
     ) -> Float[Tensor, "branches dim"]:
         condition = self.timestep_embedder(self.time_proj(timestep).to(dtype))
-        if self.timestep_embedder_r is not None:
+        if self.timestep_embedder_r is not None and timestep_r is not None:
             condition = condition + self.timestep_embedder_r(self.time_proj(timestep_r).to(dtype))
         return condition
 
@@ -181,23 +190,85 @@ class HunyuanVideo15Transformer3DModel(PackedTransformer):
         self.norm_out = Modulation(dim, 2)
         self.proj_out = nn.Linear(dim, patch_size_t * patch_size * patch_size * (out_channels or in_channels))
 
+    @property
+    def without_effect(self) -> str:
+        """What follows the last attention in the stream of the conditioning, which is not read any more."""
+        return rf"transformer_blocks\.{self.config.num_layers - 1}\.(attn\.to_add_out|ff_context\..*)"
+
     @apply_lora_scale("attention_kwargs")
     def forward(
         self,
-        *,
-        packs: Sequence[Sequence[Branch]],
+        hidden_states: Float[Tensor, "B in_channels frames height width"] | None = None,
+        timestep: Float[Tensor, " B"] | None = None,
+        encoder_hidden_states: Float[Tensor, "B text_tokens text_dim"] | None = None,
+        encoder_attention_mask: Shaped[Tensor, "B text_tokens"] | None = None,
+        timestep_r: Float[Tensor, " B"] | None = None,
+        encoder_hidden_states_2: Float[Tensor, "B glyph_tokens glyph_dim"] | None = None,
+        encoder_attention_mask_2: Shaped[Tensor, "B glyph_tokens"] | None = None,
+        image_embeds: Float[Tensor, "prompts image_tokens image_dim"] | None = None,
         attention_kwargs: dict[str, Any] | None = None,
-    ) -> list[list[Float[Tensor, "out_channels frames height width"]]]:
-        """Velocities: a list for each pack of one for each branch, of the frames and size of its latents.
+        return_dict: bool = True,
+        *,
+        packs: Sequence[Sequence[Branch]] | None = None,
+    ) -> Any:
+        """Velocities, of ragged packs or of a padded batch.
+
+        With `packs`, the branches that share each matrix product: one sample a pack is exact isolation, where all
+        shapes are those it has alone; all samples in one pack is the fewest and largest calls. Gives a list for each
+        pack of a velocity for each branch, of the frames and size of its latents.
+
+        Otherwise the signature of Diffusers' class: a batch of one size, each kind of conditioning padded to one
+        length. Gives `Transformer2DModelOutput(sample)`, or `(sample,)` with `return_dict=False`; sample is
+        `[B, out_channels, frames, height, width]`.
 
         Args:
-            packs: the branches that share each matrix product: one sample a pack is exact isolation, where all shapes
-                are those it has alone; all samples in one pack is the fewest and largest calls.
-            attention_kwargs: `{"scale": s}` scales LoRA adapters.
+            timestep: sigma × 1000. timestep_r: that of the sigma which the step leads to, for models with
+                `use_meanflow`; None leaves it out, as Diffusers' text-to-video pipeline does.
+            encoder_attention_mask, encoder_attention_mask_2: which tokens of text and of glyphs are real, read by
+                position; None is all. Tokens that are not real are not computed.
+            image_embeds: all zero for a sample without an image, which each sample decides for itself. With fewer rows
+                than samples, each serves as many samples, one after the other.
+            attention_kwargs: `{"scale": s}` scales LoRA adapters. `"attention_mask"` restricts the joint attention over
+                `[video | image | glyphs | text]`, padding included, in any shape that
+                `reelbatch.attention.attention` takes; `"attention_mask_axes"` names its axes; `"attention_rules"` is a
+                `HeadRules`, or one (or None) a sample.
 
         Raises:
-            ValueError: if a model with `use_meanflow` gets a branch without `timestep_r`, or another model one with it.
+            ValueError: if, of packs, a model with `use_meanflow` gets a branch without `timestep_r`; if another model
+                gets one at all.
         """
+        if packs is not None:
+            self._check_timestep_r(packs)
+            return self._packs(packs)
+        branches = branches_of(
+            latents=hidden_states,
+            timestep=timestep,
+            timestep_r=timestep_r,
+            text=encoder_hidden_states,
+            text_mask=encoder_attention_mask,
+            glyphs=encoder_hidden_states_2,
+            glyph_mask=encoder_attention_mask_2,
+            image=image_embeds,
+            heads=self.config.num_attention_heads,
+            patch=(self.config.patch_size_t, self.config.patch_size, self.config.patch_size),
+            kwargs=attention_kwargs or {},
+        )
+        if timestep_r is not None:
+            self._check_timestep_r([branches])
+        velocities = self._packs([[branch] for branch in branches] if self.isolation == "exact" else [branches])
+        sample = torch.stack([velocity for pack in velocities for velocity in pack])
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _check_timestep_r(self, packs: Sequence[Sequence[Branch]]) -> None:
+        for pack in packs:
+            given = sum(branch.timestep_r is not None for branch in pack)
+            if given != (len(pack) if self.config.use_meanflow else 0):
+                has = "has use_meanflow: every branch needs" if self.config.use_meanflow else "takes no"
+                raise ValueError(f"This model {has} timestep_r; {given} of {len(pack)} branches have one.")
+
+    def _packs(
+        self, packs: Sequence[Sequence[Branch]]
+    ) -> list[list[Float[Tensor, "out_channels frames height width"]]]:
         shapes = [[self._shape(branch.latents, branch.conditioning_rows) for branch in pack] for pack in packs]
         streams = [self._embed(pack, tuple(shape)) for pack, shape in zip(packs, shapes, strict=True)]
         for block in self.transformer_blocks:
@@ -205,17 +276,19 @@ class HunyuanVideo15Transformer3DModel(PackedTransformer):
         return [self._velocities(pack, shape) for pack, shape in zip(streams, shapes, strict=True)]
 
     def _embed(self, pack: Sequence[Branch], shapes: tuple[BranchShape, ...]) -> TwoStreams:
-        timestep, timestep_r = torch.stack([branch.timestep for branch in pack]), self._timestep_r(pack)
+        timestep = torch.stack([branch.timestep for branch in pack])
+        following = [branch.timestep_r for branch in pack if branch.timestep_r is not None]
         padding = padding_of(len(pack), pack[0].latents)
         embedded = self.time_embed(
             pad_rows(timestep, padding),
-            None if timestep_r is None else pad_rows(timestep_r, padding),
+            pad_rows(torch.stack(following), padding) if following else None,
             pack[0].latents.dtype,
         )
         condition = conditions(F.silu(embedded), len(pack))  # every modulation begins with this SiLU
+        video = self.x_embedder([branch.latents for branch in pack])
         return TwoStreams(
-            video=self.x_embedder([branch.latents for branch in pack]),
-            text=self._conditioning(pack, timestep),
+            video=video,
+            text=self._conditioning(pack, timestep).to(video.dtype),  # autocast leaves sums and norms in float32
             condition=condition,
             part_condition=condition,
             layout=make_layout(
@@ -224,33 +297,28 @@ class HunyuanVideo15Transformer3DModel(PackedTransformer):
             attend=self._attending(pack, shapes),
         )
 
-    def _timestep_r(self, pack: Sequence[Branch]) -> Float[Tensor, " branches"] | None:
-        given = [branch.timestep_r for branch in pack if branch.timestep_r is not None]
-        if len(given) != (len(pack) if self.config.use_meanflow else 0):
-            has = "has use_meanflow: every branch needs" if self.config.use_meanflow else "takes no"
-            raise ValueError(f"This model {has} timestep_r; {len(given)} of {len(pack)} branches have one.")
-        return torch.stack(given) if given else None
-
     def _conditioning(
         self, pack: Sequence[Branch], timestep: Float[Tensor, " branches"]
     ) -> Float[Tensor, "conditioning_rows dim"]:
         """The rows `[image | glyphs | text]` of each branch, one branch after the other."""
-        texts = self.context_embedder([branch.text for branch in pack], timestep) + self.cond_type_embed.weight[TEXT]
+        # by a call of the module, as its weight may wait elsewhere until then
+        kinds = self.cond_type_embed(_kinds(timestep.device))
+        texts = self.context_embedder([branch.text for branch in pack], timestep) + kinds[TEXT]
         rows: list[Tensor] = []
         lengths = tuple(len(branch.text) for branch in pack)
         for branch, text in zip(pack, ragged.split(texts, lengths), strict=True):
             if branch.image is not None:
-                rows.append(self._projected(self.image_embedder, IMAGE, branch.image))
+                rows.append(self._projected(self.image_embedder, kinds[IMAGE], branch.image))
             if branch.glyphs is not None:
-                rows.append(self._projected(self.context_embedder_2, GLYPHS, branch.glyphs))
+                rows.append(self._projected(self.context_embedder_2, kinds[GLYPHS], branch.glyphs))
             rows.append(text)
         return ragged.join(rows)
 
-    def _projected(self, projection: nn.Module, kind: int, states: Tensor) -> Float[Tensor, "tokens dim"]:
+    def _projected(self, projection: nn.Module, kind: Tensor, states: Tensor) -> Float[Tensor, "tokens dim"]:
         """Rows of a piece that no timestep changes: computed once for a tensor of states, as long as it lives."""
 
         def project() -> Tensor:
-            return projection(states) + self.cond_type_embed.weight[kind]
+            return projection(states) + kind
 
         # what training and the scale of an adapter change is computed anew
         if torch.is_grad_enabled() or any(isinstance(module, BaseTunerLayer) for module in projection.modules()):

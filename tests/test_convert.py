@@ -343,7 +343,7 @@ def test_ambiguous_and_unknown_files_are_told_by_name(tmp_path: Path, tiny_folde
     refused("cannot be 480p_t2v as --as 480p_t2v says; it can be t2v", own, "480p_t2v")
     refused("is HunyuanVideo-I2V, .*which reelbatch does not run", own, "i2v")
     wide = own | {"img_in.proj.weight": torch.zeros(32, 7, 1, 2, 2)}
-    refused("7 channels in and 4 out: no published model", wide)
+    refused("with 7 channels in and 4 out: no published model", wide)
     refused("is of FramePack, which reelbatch does not run", own | {"clean_x_embedder.proj.weight": torch.ones(1)})
     refused(
         "has 1 tensors that are of no layer of the transformer, such as double_blocks.0.extra",
@@ -517,3 +517,47 @@ def test_a_conversion_describes_itself(tmp_path: Path, tiny_folder: Path) -> Non
     record = describe(plan(tmp_path / "a.safetensors", "t2v", tiny_folder))
     assert record["model"] == "HunyuanVideo 1.0" and record["missing"] == {}
     assert set(record["taken"]) == {"vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"}
+
+
+def test_model_info_explains_files_and_folders_of_other_layouts(
+    tmp_path: Path, tiny_folder: Path, folder15: Path
+) -> None:
+    def said(path: Path, *options: str) -> dict[str, Any]:
+        shown = CliRunner().invoke(app, ["model-info", str(path), *options])
+        record = CliRunner().invoke(app, ["model-info", str(path), "--json", *options])
+        assert shown.exit_code == record.exit_code == 1, (shown.output, shown.exception)
+        content: dict[str, Any] = json.loads(record.stdout)
+        assert content["about"] in shown.stdout and content["verdict"] in shown.stdout
+        return content
+
+    file = tmp_path / "a.safetensors"
+    _scaled("scale_weight", more=_marks)(tiny_folder, file)
+    found = said(file)
+    assert (found["model"], found["kind"], found["possible"]) == ("HunyuanVideo 1.0", None, ["t2v", "i2v"])
+    assert found["config"]["num_single_layers"] == 2 and set(found["stored_bytes"]) == {"F8_E4M3", "F32"}
+    assert f"reelbatch convert {file} OUT --as NAME (one of t2v, i2v) --rest hunyuanvideo-community" in found["verdict"]
+    assert set(found["missing"]) == {"vae", "text_encoder", "text_encoder_2"}
+    assert said(file, "--as", "i2v")["verdict"].startswith("cannot run: it is HunyuanVideo-I2V")
+
+    foreign.tencent10_folder(tiny_folder, tmp_path / "ten")
+    found = said(tmp_path / "ten")
+    assert (found["kind"], found["layout"]) == ("t2v", "Tencent's layout of HunyuanVideo")
+    assert found["holds"] == ["transformer", "vae"]
+
+    foreign.tencent15_folder(folder15, tmp_path / "fifteen", "480p_t2v")
+    found = said(tmp_path / "fifteen")
+    assert (found["kind"], found["model"]) == ("480p_t2v", "HunyuanVideo 1.5")
+    assert "image_encoder" not in found["missing"]
+    found = said(tmp_path / "fifteen" / "vae" / "diffusion_pytorch_model.safetensors")
+    assert (found["about"], found["kind"]) == ("the VAE of HunyuanVideo 1.5", None)
+
+    lora = {f"lora_unet_single_blocks_0_linear1.lora_{way}.weight": torch.ones(1, 1) for way in ("up", "down")}
+    save_file(lora, tmp_path / "lora.safetensors")
+    assert said(tmp_path / "lora.safetensors")["about"] == "a LoRA of HunyuanVideo 1.0, for 1 layers"
+
+    save_file({"x": torch.ones(1)}, file)
+    unknown = CliRunner().invoke(app, ["model-info", str(file)])
+    assert "holds neither the transformer nor the VAE" in str(unknown.exception)
+    for path in (file, tmp_path / "ten"):  # what else takes a model says what to do
+        refused = CliRunner().invoke(app, ["generate", "a cat", "--model", str(path)])
+        assert "reelbatch convert" in str(refused.exception)

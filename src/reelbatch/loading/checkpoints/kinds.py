@@ -88,6 +88,32 @@ FOLDERS = {"hunyuan-video-t2v-720p": "t2v", "hunyuan-video-i2v-720p": "i2v"}
 """Folders of Tencent's layout of 1.0, whose names are a part of it."""
 
 
+def possible(names: ParameterNames, config: Mapping[str, Any], path: object) -> list[Kind]:
+    """The published models whose weights have these names and shapes.
+
+    Args:
+        config: what the shapes say.
+
+    Raises:
+        ModelFolderError: where there is none.
+    """
+    channels, out = config["in_channels"], config["out_channels"]
+    condition = {out: "none", 2 * out: "image", 2 * out + 1: "image+mask"}.get(channels)
+    kinds = [
+        kind
+        for kind in KINDS
+        if kind.names is names
+        and kind.condition == condition
+        and kind.embedded in (None, config.get("guidance_embeds"))
+        and kind.meanflow == config.get("use_meanflow", False)
+    ]
+    if not kinds:
+        upscaler = names is HUNYUAN_VIDEO_15 and channels == 3 * out + 2
+        why = "the upscaler, which is not run here" if upscaler else "no published model that is known here"
+        raise ModelFolderError(f"{path}: is {names.model} with {channels} channels in and {out} out: {why}")
+    return kinds
+
+
 def choose(names: ParameterNames, config: Mapping[str, Any], asked: str | None, hint: str | None, path: object) -> Kind:
     """Which published model weights are of.
 
@@ -100,35 +126,21 @@ def choose(names: ParameterNames, config: Mapping[str, Any], asked: str | None, 
     known = {kind.name: kind for kind in KINDS}
     if asked is not None and asked not in known:
         raise ModelFolderError(f"--as {asked}: no such model; there are {', '.join(known)}")
-    channels, out = config["in_channels"], config["out_channels"]
-    condition = {out: "none", 2 * out: "image", 2 * out + 1: "image+mask"}.get(channels)
-    possible = [
-        kind
-        for kind in KINDS
-        if kind.names is names
-        and kind.condition == condition
-        and kind.embedded in (None, config.get("guidance_embeds"))
-        and kind.meanflow == config.get("use_meanflow", False)
-    ]
-    what = f"{names.model} with {channels} channels in and {out} out"
-    if not possible:
-        upscaler = names is HUNYUAN_VIDEO_15 and channels == 3 * out + 2
-        why = "the upscaler, which is not run here" if upscaler else "no published model that is known here"
-        raise ModelFolderError(f"{path}: is {what}: {why}")
+    kinds = possible(names, config, path)
     for wanted, said in ((asked, f"--as {asked}"), (hint, f"the folder's name ({hint})")):
         if wanted is None or (wanted is hint and wanted not in known):
             continue
-        if match := [kind for kind in possible if kind.name == wanted]:
+        if match := [kind for kind in kinds if kind.name == wanted]:
             return match[0]
         raise ModelFolderError(
-            f"{path}: is {what}, and cannot be {wanted} as {said} says; it can be {_listed(possible)}"
+            f"{path}: is {names.model}, and cannot be {wanted} as {said} says; it can be {_listed(kinds)}"
         )
-    if len(possible) > 1:
+    if len(kinds) > 1:
         raise ModelFolderError(
-            f"{path}: is {what}, and its weights do not tell which model it is. Say so with --as NAME, one of: "
-            f"{_listed(possible)}"
+            f"{path}: is {names.model}, and its weights do not tell which model it is. Say so with --as NAME, one of: "
+            f"{_listed(kinds)}"
         )
-    return possible[0]
+    return kinds[0]
 
 
 def _listed(kinds: Sequence[Kind]) -> str:

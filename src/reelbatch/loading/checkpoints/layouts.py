@@ -66,6 +66,19 @@ def find(path: Path, asked: str | None, vae: Path | None = None) -> Found:
     return found
 
 
+def is_foreign(path: Path) -> bool:
+    """Whether it is a file, or a folder that looks like one of another layout than Diffusers'."""
+    if not path.is_dir() or (path / "model_index.json").is_file():
+        return path.is_file()
+    patterns = (f"transformers/{STATES}", f"hunyuan-video-*/transformers/{STATES}")
+    folders = (path, *path.glob("transformer/*"), *path.glob("*"))
+    return (
+        any(file.suffix in ENDINGS for file in path.iterdir())
+        or any(True for pattern in patterns for _ in path.glob(pattern))
+        or any(folder.is_dir() and _is_variant(folder) for folder in folders)
+    )
+
+
 def _file(path: Path) -> Found:
     if MAP in path.stem and path.suffix == ".pt":
         raise ModelFolderError(f"{path}: is a map of scales; give the file of the weights beside it")

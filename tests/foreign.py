@@ -242,3 +242,76 @@ def tencent15_folder(folder: Path, root: Path, variant: str) -> None:
 def without(folder: Path, out: Path, *components: str) -> Path:
     shutil.copytree(folder, out, ignore=lambda place, names: [n for n in names if n in components])
     return out
+
+
+def towers10(folder: Path, root: Path) -> None:
+    """Llama as a part of what makes text, and CLIP with its half for images, beside Tencent's layout of 1.0."""
+    write_json(
+        root / "text_encoder" / "config.json",
+        {**json_of(folder / "text_encoder" / "config.json"), "architectures": ["LlamaForCausalLM"]},
+    )
+    own = {f"model.{name}": tensor for name, tensor in weights(folder, "text_encoder").items()}
+    save_file(own | {"lm_head.weight": torch.ones(3, 32)}, root / "text_encoder" / "model.safetensors")
+    text = json_of(folder / "text_encoder_2" / "config.json")
+    write_json(
+        root / "text_encoder_2" / "config.json",
+        {
+            "architectures": ["CLIPModel"],
+            "model_type": "clip",
+            "text_config": text,
+            "vision_config": {"hidden_size": 8},
+        },
+    )
+    own = {name.removeprefix("text_model."): tensor for name, tensor in weights(folder, "text_encoder_2").items()}
+    own = {f"text_model.{name}": tensor for name, tensor in own.items()}
+    others = {
+        "vision_model.post_layernorm.weight": torch.ones(8),
+        "logit_scale": torch.ones(()),
+        "text_projection.weight": torch.ones(24, 24),
+        "text_model.embeddings.position_ids": torch.arange(77),
+    }
+    save_file(own | others, root / "text_encoder_2" / "model.safetensors")
+    (root / "text_encoder_2" / "pytorch_model.bin").write_bytes(b"the same for PyTorch")
+    for name in ("tokenizer", "tokenizer_2"):
+        place = root / name.replace("tokenizer", "text_encoder")
+        for file in (folder / name).iterdir():
+            shutil.copyfile(file, place / file.name)
+
+
+def towers15(folder: Path, root: Path, tokens: int) -> State:
+    """Qwen with its half for images, and Glyph, beside Tencent's layout of 1.5; gives ByT5's weights.
+
+    Args:
+        tokens: of colours and fonts that Glyph has besides ByT5's.
+    """
+    place = root / "text_encoder"
+    text = json_of(folder / "text_encoder" / "config.json")
+    write_json(
+        place / "llm" / "config.json", {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "text_config": text}
+    )
+    own = {f"model.language_model.{name}": tensor for name, tensor in weights(folder, "text_encoder").items()}
+    others = {"model.visual.patch_embed.proj.weight": torch.ones(2, 2), "lm_head.weight": torch.ones(2, 2)}
+    save_file(own | others, place / "llm" / "model.safetensors")
+    for file in (folder / "tokenizer").iterdir():
+        shutil.copyfile(file, place / "llm" / file.name)
+    write_json(place / "byt5-small" / "config.json", json_of(folder / "text_encoder_2" / "config.json"))
+    colours = tokens // 2
+    write_json(place / "Glyph-SDXL-v2" / "assets" / "color_idx.json", {f"c{i}": i for i in range(colours)})
+    fonts = {f"en-font {i}": i for i in range(tokens - colours)}
+    write_json(place / "Glyph-SDXL-v2" / "assets" / "multilingual_10-lang_idx.json", fonts)
+    byt5 = weights(folder, "text_encoder_2")
+    shared = byt5.pop("shared.weight")
+    byt5["encoder.embed_tokens.weight"] = torch.cat([shared, torch.full((tokens, shared.shape[1]), 0.5)])
+    (place / "Glyph-SDXL-v2" / "checkpoints").mkdir(parents=True)
+    named = {f"module.text_tower.{name}": tensor for name, tensor in byt5.items()}
+    torch.save({"state_dict": named}, place / "Glyph-SDXL-v2" / "checkpoints" / "byt5_model.pt")
+    return byt5
+
+
+def towers15_image(folder: Path, root: Path) -> None:
+    place = root / "vision_encoder" / "siglip"
+    for name in ("image_encoder", "feature_extractor"):
+        shutil.copytree(folder / name, place / name)
+    own = weights(folder, "image_encoder")
+    own = {f"vision_model.{name.removeprefix('vision_model.')}": tensor for name, tensor in own.items()}
+    save_file(own, place / "image_encoder" / "model.safetensors")

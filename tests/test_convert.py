@@ -220,6 +220,51 @@ def test_tencents_layout_of_15_gives_the_same_videos(tmp_path: Path, folder15: P
     assert plan(tmp_path / "ckpts" / "transformer" / "480p_t2v", None, folder15).kind.name == "480p_t2v"
 
 
+def test_the_encoders_of_tencents_layout_of_1_are_taken_from_it(tmp_path: Path, tiny_folder: Path) -> None:
+    foreign.tencent10_folder(tiny_folder, tmp_path / "ckpts")
+    foreign.towers10(tiny_folder, tmp_path / "ckpts")
+    conversion = plan(tmp_path / "ckpts", None, tiny_folder)
+    assert conversion.taken == {} and conversion.missing == {}
+    write(conversion, tmp_path / "out", lambda path, there: None)
+    for component in ("text_encoder", "text_encoder_2"):
+        found, expected = (foreign.weights(folder, component) for folder in (tmp_path / "out", tiny_folder))
+        same(
+            {name.removeprefix("text_model."): tensor for name, tensor in found.items()},
+            {name.removeprefix("text_model."): tensor for name, tensor in expected.items()},
+        )
+    assert frames(tmp_path / "out") == frames(tiny_folder)
+    assert foreign.json_of(tmp_path / "out" / "tokenizer" / "tokenizer_config.json")["padding_side"] == "right"
+
+
+def test_a_whole_layout_of_15_needs_nothing_else(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tiny15.make_folder(tmp_path_factory.mktemp("image15"))  # image to video
+    foreign.tencent15_folder(folder, tmp_path / "ckpts", "480p_i2v")
+    byt5 = foreign.towers15(folder, tmp_path / "ckpts", tokens=5)
+    lacking = plan(tmp_path / "ckpts")
+    assert set(lacking.missing) == {"image_encoder", "feature_extractor"}
+    foreign.towers15_image(folder, tmp_path / "ckpts")
+    conversion = plan(tmp_path / "ckpts")
+    assert conversion.taken == {} and conversion.missing == {}
+    out = tmp_path / "out"
+    write(conversion, out, lambda path, there: None)
+    for component in ("text_encoder", "image_encoder"):
+        same(foreign.weights(out, component), foreign.weights(folder, component))
+    glyph = foreign.weights(out, "text_encoder_2")
+    assert torch.equal(glyph.pop("shared.weight"), byt5.pop("encoder.embed_tokens.weight"))
+    same(glyph, byt5)
+    shutil.copyfile(folder / "guider" / "guider_config.json", out / "guider" / "guider_config.json")
+    shutil.copyfile(folder / "reelbatch.json", out / "reelbatch.json")
+    request = VideoRequest(
+        prompt='a "red" cat', image=tiny15.picture(48, 32), seed=3, steps=1, height=32, width=48, frames=5
+    )
+    videos = [Engine(load(place, "cpu")).generate([request])[0].frames_sha256 for place in (out, folder)]
+    assert videos[0] == videos[1]
+    colours = tmp_path / "ckpts" / "text_encoder" / "Glyph-SDXL-v2" / "assets" / "color_idx.json"
+    foreign.write_json(colours, {})
+    with pytest.raises(ModelFolderError, match="get assets and checkpoints together"):
+        plan(tmp_path / "ckpts")
+
+
 @pytest.mark.parametrize("base", ["1.0", "1.5"], indirect=True)
 @pytest.mark.parametrize("kind", ["F32", "BF16", "Q8_0", "Q5_1"])
 def test_gguf_files_are_made_whole(tmp_path: Path, base: Path, kind: str) -> None:

@@ -15,6 +15,7 @@ from reelbatch.loading.checkpoints.kinds import Kind, choose
 from reelbatch.loading.checkpoints.layouts import Found, find
 from reelbatch.loading.checkpoints.parts import Part, config_of, reader, recognise
 from reelbatch.loading.checkpoints.scales import whole_weights
+from reelbatch.loading.checkpoints.towers import Towers, towers_of
 from reelbatch.loading.checkpoints.weight_files import WeightFile
 from reelbatch.loading.checkpoints.writing import SHARD_BYTES, Progress, Weights, size_of, take, take_file, write_json
 from reelbatch.loading.configs import build, check_config
@@ -57,6 +58,7 @@ class Conversion:
     Attributes:
         found: the files. kind: which model they are. layout: of the model folder.
         weights: the components that are converted. taken: folders of those that are taken as they are.
+        towers: the encoders and tokenizers that are made from those of the layout.
         missing: the components that nothing has, and where they come from.
     """
 
@@ -64,6 +66,7 @@ class Conversion:
     kind: Kind
     layout: Layout
     weights: Mapping[str, Weights]
+    towers: Towers
     taken: Mapping[str, Path]
     missing: Mapping[str, str]
     rest: Path | None
@@ -110,7 +113,9 @@ def plan(
     if "vae" in parts:
         configs["vae"] = _vae_config(found, base, parts["vae"].names, layout)
     weights = {name: _weights(parts[name], layout, config, parts[name].file) for name, config in configs.items()}
-    needed = [name for name in layout.classes if name not in (*weights, "scheduler", "guider")]
+    towers = towers_of(found.towers, layout, dtype)
+    weights |= towers.weights
+    needed = [name for name in layout.classes if name not in (*weights, *towers.files, "scheduler", "guider")]
     taken = {name: base.folder / name for name in needed if base is not None and (base.folder / name).is_dir()}
     sources = REST[kind.names.model]
     missing = {
@@ -118,7 +123,7 @@ def plan(
         for name in needed
         if name not in taken
     }
-    return Conversion(found, kind, layout, weights, taken, missing, rest)
+    return Conversion(found, kind, layout, weights, towers, taken, missing, rest)
 
 
 def _base(rest: Path | None) -> ModelInfo | None:
@@ -233,6 +238,9 @@ def write(conversion: Conversion, out: Path, progress: Progress, shard_bytes: in
         weights.write(out / name, shard_bytes, progress)
     for name, source in conversion.taken.items():
         take(source, out / name)
+    for name, make in conversion.towers.files.items():
+        (out / name).mkdir(exist_ok=True)
+        make(out / name)
     layout, kind = conversion.layout, conversion.kind
     schedule = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": kind.shift}
     _settings(out / "scheduler" / "scheduler_config.json", schedule)
@@ -263,7 +271,8 @@ def _index(conversion: Conversion, out: Path) -> dict[str, Any]:
     for component, classes in layout.classes.items():
         library = "diffusers" if hasattr(diffusers, classes[0]) or component == "guider" else "transformers"
         taken = component in conversion.taken and names.get(component) in classes
-        index[component] = [library, names[component] if taken else classes[0]]
+        own = conversion.towers.classes.get(component, classes[0])
+        index[component] = [library, names[component] if taken else own]
     return index
 
 
@@ -278,6 +287,7 @@ def describe(conversion: Conversion) -> dict[str, Any]:
         "about": conversion.kind.about,
         "pipeline": conversion.kind.pipeline,
         "converted": {name: weights.size for name, weights in conversion.weights.items()},
+        "tokenizers": sorted(conversion.towers.files),
         "taken": {name: str(folder) for name, folder in conversion.taken.items()},
         "rest": None if conversion.rest is None else model_name(conversion.rest),
         "missing": dict(conversion.missing),

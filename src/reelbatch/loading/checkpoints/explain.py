@@ -12,6 +12,7 @@ from reelbatch.loading.checkpoints.kinds import KINDS, choose, possible
 from reelbatch.loading.checkpoints.layouts import find
 from reelbatch.loading.checkpoints.parts import config_of, recognise
 from reelbatch.loading.checkpoints.scales import whole_weights
+from reelbatch.loading.checkpoints.towers import encoders_of
 from reelbatch.loading.checkpoints.weight_files import WeightFile, open_weights
 from reelbatch.loading.families import LAYOUTS
 from reelbatch.loading.lora_names import SPELLINGS
@@ -60,7 +61,7 @@ def explain(path: Path, asked: str | None = None) -> Explanation:
         "path": path,
         "layout": found.name,
         "model": names.model,
-        "holds": (*holds, *found.towers),
+        "holds": (*holds, *encoders_of(found.towers)),
         "parameters": count,
         "stored_bytes": _stored_bytes(found.weights),
     }

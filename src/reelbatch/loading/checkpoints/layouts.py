@@ -60,9 +60,9 @@ def find(path: Path, asked: str | None, vae: Path | None = None) -> Found:
     else:
         found = _tencent10(path) or _tencent15(path, asked) or _folder_of_files(path)
     if vae is not None:
-        own = _weights_in(vae) if vae.is_dir() else open_weights(vae)
+        own = weights_in(vae) if vae.is_dir() else open_weights(vae)
         config = vae / "config.json" if vae.is_dir() else vae.with_name("config.json")
-        found = Found(**{**vars(found), "vae": own, "vae_config": _json(config)})
+        found = Found(**{**vars(found), "vae": own, "vae_config": read_json(config)})
     return found
 
 
@@ -126,8 +126,8 @@ def _tencent10(path: Path) -> Found | None:
         "Tencent's layout of HunyuanVideo",
         weights,
         _scales_beside(chosen, weights),
-        _weights_in(vae) if vae.is_dir() else None,
-        vae_config=_json(vae / "config.json"),
+        weights_in(vae) if vae.is_dir() else None,
+        vae_config=read_json(vae / "config.json"),
         hint=FOLDERS.get(model.name),
         towers=towers,
     )
@@ -161,10 +161,10 @@ def _tencent15(path: Path, asked: str | None) -> Found | None:
     vae = root / "vae"
     return Found(
         "Tencent's layout of HunyuanVideo 1.5",
-        _weights_in(variant),
-        vae=_weights_in(vae) if (vae / "config.json").is_file() else None,
-        config=_json(variant / "config.json"),
-        vae_config=_json(vae / "config.json"),
+        weights_in(variant),
+        vae=weights_in(vae) if (vae / "config.json").is_file() else None,
+        config=read_json(variant / "config.json"),
+        vae_config=read_json(vae / "config.json"),
         hint=variant.name,
         towers={name: folder for name, folder in places.items() if folder.is_dir()},
     )
@@ -172,20 +172,24 @@ def _tencent15(path: Path, asked: str | None) -> Found | None:
 
 def _is_variant(folder: Path) -> bool:
     config = folder / "config.json"
-    return config.is_file() and bool(_files(folder, "*.safetensors")) and "mm_double_blocks_depth" in _json(config)
+    return config.is_file() and bool(_files(folder, "*.safetensors")) and "mm_double_blocks_depth" in read_json(config)
 
 
 def _folder_of_files(path: Path) -> Found:
-    weights = _weights_in(path)
+    weights = weights_in(path)
     return Found(f"a folder of weights ({weights.format})", weights)
 
 
-def _weights_in(folder: Path) -> WeightFile:
-    """The weights of one network in a folder: the only file, or the files that an index lists."""
+def weights_in(folder: Path, name: str | None = None) -> WeightFile:
+    """The weights of one network in a folder: the file of a name, the only file, or the files that an index lists."""
+    if name is not None and (folder / name).is_file():
+        return open_weights(folder / name)
     indexes = _files(folder, "*.safetensors.index.json")
     if len(indexes) == 1:
         return open_several(_listed(indexes[0]))
     files = [file for file in _files(folder, "*") if file.suffix in ENDINGS]
+    whole = [file for file in files if file.name == "model.safetensors"]
+    files = whole or files  # beside the same weights for PyTorch, TensorFlow and Flax
     names = ", ".join(file.name for file in files[:10])
     if len(files) != 1:
         what = f"holds {len(files)} files of weights ({names}); give the one that is meant" if files else "holds none"
@@ -194,7 +198,7 @@ def _weights_in(folder: Path) -> WeightFile:
 
 
 def _listed(index: Path) -> list[Path]:
-    listed = _json(index).get("weight_map")
+    listed = read_json(index).get("weight_map")
     names = sorted(set(map(str, listed.values()))) if isinstance(listed, dict) else []
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors"):
@@ -211,7 +215,7 @@ def _files(folder: Path, pattern: str) -> list[Path]:
     return files
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """The object in a file; an empty one where there is no file."""
     try:
         return read_object(path)

@@ -18,7 +18,8 @@ from reelbatch.demo.tokenizers import clip_tokenizer, llama_tokenizer
 from reelbatch.engine.engine import Engine, FailedRequests
 from reelbatch.loading.model import Model
 from reelbatch.loading.precision import Precision
-from reelbatch.loading.skeleton import hunyuanvideo_13b
+from reelbatch.loading.published import HUNYUANVIDEO_13B
+from reelbatch.loading.skeleton import from_published
 from reelbatch.memory.estimate import Estimator
 from reelbatch.memory.placement import Placement
 from reelbatch.models.hunyuan_video.family import HunyuanVideo
@@ -113,7 +114,7 @@ LARGE: dict[str, Any] = {"height": 720, "width": 1280, "frames": 129}
 @pytest.fixture(scope="module")
 def estimates() -> dict[tuple[str, int], int]:
     """Bytes of the tensors of a step of HunyuanVideo, made before there is a fake device."""
-    skeleton = hunyuanvideo_13b(Precision.parse("bfloat16", CUDA), CUDA)
+    skeleton = from_published(HUNYUANVIDEO_13B, Precision.parse("bfloat16", CUDA), CUDA)
     return {
         (isolation, batch): Estimator(skeleton, isolation, CUDA).step_tensors(requests(batch, **LARGE))
         for isolation in ("exact", "packed")

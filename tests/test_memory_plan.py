@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny15
 import torch
 from typer.testing import CliRunner
 
@@ -19,18 +20,23 @@ from reelbatch.cli import app
 from reelbatch.device import parse_bytes
 from reelbatch.engine.calibrate import calibrate, small_videos
 from reelbatch.engine.decoder import smaller_tiles, tile_words
+from reelbatch.loading.load import load
 from reelbatch.loading.precision import Precision
+from reelbatch.loading.published import BY_NAME, published
+from reelbatch.loading.skeleton import from_folder, from_published
 from reelbatch.memory.calibration import SCALES, Calibration, Correction, fit, store
 from reelbatch.memory.cards import BY_SIZE, CARDS, USABLE, card
+from reelbatch.memory.estimate import any_image
 from reelbatch.memory.placement import Offload
+from reelbatch.memory.streaming import network_bytes
 from reelbatch.models.family import PHASES as PHASE_NAMES
 from reelbatch.request import ModelLimits, VideoRequest
 from reelbatch.tune import plan as planning
-from reelbatch.tune.fitting import SHAPES
+from reelbatch.tune.fitting import shapes_of
 from reelbatch.tune.plan import answer
 from reelbatch.tune.reliefs import Outcome, outcomes, tries
 from reelbatch.tune.remedies import remedies
-from reelbatch.tune.setup import LARGEST_BATCH, Setup, open_model
+from reelbatch.tune.setup import LARGEST_BATCH, Planned, Setup, open_model
 
 MIB, GIB = 2**20, 2**30
 PHASES = ("step", "decode")
@@ -157,6 +163,43 @@ def test_the_13b_without_a_folder() -> None:
     for phase in record["estimated"].values():
         assert phase["total"] == phase["weights"] + phase["activations"]
     assert record["peak"] == max(phase["total"] for phase in record["estimated"].values())
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "cfg", "transformer"),
+    [
+        ("hunyuanvideo-1.5", (480, 848, 121), True, 8_326_608_160),
+        (
+            "HunyuanVideo-community/HunyuanVideo-1.5-Diffusers-720p_i2v_distilled",
+            (720, 1280, 121),
+            False,
+            8_326_608_160,
+        ),
+        ("hunyuanvideo-i2v", (720, 1280, 129), False, 12_821_012_544),
+        ("skyreels-v1-t2v", (544, 960, 97), True, 12_821_012_544),
+    ],
+)
+def test_other_published_models_without_a_folder(
+    model: str, size: tuple[int, int, int], cfg: bool, transformer: int
+) -> None:
+    """Names and hub ids, in any case; images are encoded where the model takes one."""
+    known = published(model)
+    assert known is not None and BY_NAME[known.name] is known
+    where = Planned(known.name, lambda precision: from_published(known, precision, CUDA), CUDA)
+    family = where.family(Precision.parse("bfloat16", CUDA))
+    assert sum(weight.numel() for weight in family.parts["transformer"].parameters()) == transformer
+    request = VideoRequest(prompt="-", **any_image(family.limits)).for_model(family.limits)
+    assert (request.size, request.uses_cfg) == (size, cfg)
+    assert (request.image is not None) == ("i2v" in known.name) == ("vae" in family.also)
+
+
+def test_a_weight_of_two_names_is_counted_once(tmp_path: Path) -> None:
+    """ByT5's embedding is."""
+    cpu, fp32 = torch.device("cpu"), Precision.parse("float32", torch.device("cpu"))
+    folder = tiny15.make_folder(tmp_path)
+    skeleton, loaded = from_folder(folder, fp32, cpu), load(folder, "cpu", "float32").family
+    sizes = [{name: network_bytes(part) for name, part in family.parts.items()} for family in (skeleton, loaded)]
+    assert sizes[0] == sizes[1]
 
 
 @pytest.mark.parametrize(
@@ -344,22 +387,36 @@ def test_with_a_limit_videos_wait_and_no_fallback_is_taken() -> None:
     assert asked(*words, "400GiB")["available"] == card("h200").usable  # no more than there is
 
 
-def test_the_table_of_the_documentation_is_what_the_command_prints() -> None:
-    """One of its columns for one shape, as all of it takes a minute; the other lines must be there."""
+@pytest.mark.parametrize(
+    ("model", "shape", "offloads"),
+    [
+        ("hunyuanvideo-13b", (1280, 720, 129), [None, "block", "block", "component", "none", "none"]),
+        ("hunyuanvideo-1.5", (848, 480, 121), [None, None, "component", "component", "none", "none"]),
+    ],
+)
+def test_the_tables_of_the_documentation_are_what_the_command_prints(
+    model: str, shape: tuple[int, int, int], offloads: list[str | None]
+) -> None:
+    """One of the columns for one shape, as all of it takes a minute; the other lines must be there."""
     text = (Path(__file__).parents[1] / "docs" / "memory.md").read_text(encoding="utf-8")
+    text = text.split("## HunyuanVideo 1.5")[model == "hunyuanvideo-1.5"]
     written = [line.strip("|").split(" | ") for line in text.splitlines() if line.startswith("|")]
-    shape = ("--width", 1280, "--height", 720, "--frames", 129)
-    out = call("--cards", *shape, "--dtype", "bfloat16")[1]
+    words = ("--cards", "--model", model, "--width", shape[0], "--height", shape[1], "--frames", shape[2])
+    out = call(*words, "--dtype", "bfloat16")[1]
     assert "These are estimates" in out
+    size = f"{shape[0]}×{shape[1]}"
     printed = [line.strip("|").split(" | ") for line in out.splitlines() if line.startswith("|")]
-    assert printed[2:] == [[*cells[:3], f"{cells[3]} "] for cells in written if cells[1:3] == ["1280×720", "129"]]
+    assert printed[2:] == [[*cells[:3], f"{cells[3]} "] for cells in written if cells[1:3] == [size, str(shape[2])]]
+    known = published(model)
+    assert known is not None
+    limits = known.limits
     assert written[0][:4] == [*printed[0][:3], "bfloat16"]
     assert [(c[0].split()[-1].strip("()"), c[1], c[2]) for c in written[2:]] == [
-        (name, f"{width}×{height}", str(frames)) for name in BY_SIZE for width, height, frames in SHAPES
+        (name, f"{width}×{height}", str(frames)) for name in BY_SIZE for width, height, frames in shapes_of(limits)
     ]
-    rows = json.loads(call("--cards", *shape, "--dtype", "bfloat16", "--json")[1])["rows"]
+    rows = json.loads(call(*words, "--dtype", "bfloat16", "--json")[1])["rows"]
     assert [row["card"] for row in rows] == list(BY_SIZE)
-    assert [row["offload"] for row in rows] == [None, "block", "block", "component", "none", "none"]
+    assert [row["offload"] for row in rows] == offloads
 
 
 def test_answer_needs_no_command() -> None:

@@ -20,7 +20,8 @@ from reelbatch.geometry import Geometry
 from reelbatch.loading.hub import DEMO_FOLDER
 from reelbatch.loading.load import load
 from reelbatch.loading.precision import Precision
-from reelbatch.loading.skeleton import from_folder, hunyuanvideo_13b
+from reelbatch.loading.published import HUNYUANVIDEO_13B
+from reelbatch.loading.skeleton import from_folder, from_published
 from reelbatch.memory.estimate import CPU_MARGIN, GPU_MARGIN, Estimator
 from reelbatch.memory.streaming import network_bytes
 from reelbatch.models.layers import rotary_table
@@ -316,7 +317,7 @@ TILED_DECODE = 4239038464
 
 @pytest.fixture(scope="module")
 def full() -> Any:
-    return hunyuanvideo_13b(Precision.parse("bfloat16", CUDA), CUDA)
+    return from_published(HUNYUANVIDEO_13B, Precision.parse("bfloat16", CUDA), CUDA)
 
 
 @pytest.mark.parametrize("isolation", ["exact", "packed"])
@@ -341,7 +342,7 @@ def test_weights_of_the_13b(full: Any) -> None:
     assert component["text"] == sizes["text_encoder"] + sizes["text_encoder_2"]
     assert component["step"] == sizes["transformer"] and component["decode"] == sizes["vae"] == block["decode"]
     assert block["step"] < component["step"] / 8 and block["text"] < component["text"] / 4
-    int8 = hunyuanvideo_13b(Precision.parse("int8", CUDA), CUDA)
+    int8 = from_published(HUNYUANVIDEO_13B, Precision.parse("int8", CUDA), CUDA)
     assert network_bytes(int8.parts["transformer"]) == pytest.approx(sizes["transformer"] / 2, rel=0.05)
     one = request(256, 256, 17)
     written_out = Estimator(int8, "exact", CUDA).step_tensors([one]) - estimator.step_tensors([one])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,11 @@ import torch
 from rich.console import Console
 from tuning import AMPLE, CPU, GIB, little_memory, request, small
 
-from reelbatch.loading import skeleton
 from reelbatch.loading.inspection import ModelInfo
 from reelbatch.loading.model import Model
 from reelbatch.loading.precision import Precision
+from reelbatch.loading.published import HUNYUANVIDEO_13B
+from reelbatch.loading.skeleton import from_published
 from reelbatch.memory.estimate import Estimator
 from reelbatch.tune import profiles, report, run, workload
 from reelbatch.tune.baseline import prepare
@@ -26,10 +28,10 @@ from reelbatch.tune.workload import frames_of
 from reelbatch.tune.write import write
 
 SHALLOW = {
-    **skeleton.HUNYUANVIDEO,
+    **HUNYUANVIDEO_13B.configs,
     "transformer": {"num_layers": 4, "num_single_layers": 8, "num_refiner_layers": 1},
-    "text_encoder": {**skeleton.HUNYUANVIDEO["text_encoder"], "num_hidden_layers": 4},
-    "text_encoder_2": {**skeleton.HUNYUANVIDEO["text_encoder_2"], "num_hidden_layers": 2},
+    "text_encoder": {**HUNYUANVIDEO_13B.configs["text_encoder"], "num_hidden_layers": 4},
+    "text_encoder_2": {**HUNYUANVIDEO_13B.configs["text_encoder_2"], "num_hidden_layers": 2},
 }
 """HunyuanVideo with fewer layers of the same width: enough weights that each offload takes less, and traced sooner."""
 
@@ -161,8 +163,7 @@ def test_a_mix_of_shapes_and_steps_is_measured_as_it_is(model: Model, info: Mode
 def test_the_first_offload_that_fits_by_the_plans_estimate_is_taken(
     info: ModelInfo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(skeleton, "HUNYUANVIDEO", SHALLOW)
-    family = cache(skeleton.hunyuanvideo_13b)
+    family = cache(partial(from_published, replace(HUNYUANVIDEO_13B, configs=SHALLOW)))
     monkeypatch.setattr(run, "from_folder", lambda folder, precision, device: family(precision, device))
     monkeypatch.setattr(run, "Estimator", cache(Estimator))  # traced once, as it takes seconds
     large = request(height=256, width=256, frames=17, vae_tiling=0)

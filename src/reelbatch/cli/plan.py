@@ -20,15 +20,24 @@ def plan(
     model: Annotated[
         str | None,
         typer.Option(
-            help="demo, a folder in the Diffusers layout, or hunyuanvideo-13b (no folder needed). demo if not given, "
-            "but hunyuanvideo-13b with --cards."
+            help="demo, a folder in the Diffusers layout, or a published model, for which no folder is needed: "
+            "hunyuanvideo-13b, hunyuanvideo-i2v, skyreels-v1-t2v, skyreels-v1-i2v, hunyuanvideo-1.5 (480p_t2v), or "
+            "another of its variants, as hunyuanvideo-1.5-720p_i2v. demo if not given, but hunyuanvideo-13b with "
+            "--cards."
         ),
     ] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     frames: Annotated[int | None, typer.Option(help="4k + 1: 1, 5, 9, …")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Videos that share a step.")] = 1,
-    true_cfg: Annotated[float, typer.Option(min=1, help="Classifier-free guidance scale; 1 is off.")] = 1.0,
+    true_cfg: Annotated[
+        float,
+        typer.Option(
+            min=1,
+            help="Classifier-free guidance scale; above 1, steps have a "
+            "second branch, as they have with models of such guidance anyhow, but for distilled ones.",
+        ),
+    ] = 1.0,
     dtype: Annotated[str, typer.Option(help="As of `generate`: auto, float32, bfloat16, int8, part by part.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N: a device of this machine.")] = "auto",
     on: Annotated[
@@ -75,13 +84,16 @@ def plan(
 
     - `reelbatch plan --model hunyuanvideo-13b --on rtx4090 --offload block --batch-size 2`
 
+    - `reelbatch plan --model hunyuanvideo-1.5-720p_i2v --on l40s`
+
     - `reelbatch plan --model /models/HunyuanVideo --height 544 --width 960 --frames 97`
 
     - `reelbatch plan --cards`: what fits on which card
 
     What does not fit as it is set may fit by what the engine does by itself when memory runs out: steps in parts,
     weights moved away, smaller VAE tiles. That is said, and counts as fitting; the exit code is 1 for what does not fit
-    even so. Nothing is downloaded, and without --calibrate nothing is loaded.
+    even so. Videos of models that take an image are planned with one. Nothing is downloaded, and without --calibrate
+    nothing is loaded.
     """
     from reelbatch.device import parse_bytes
     from reelbatch.tune.plan import answer
@@ -127,9 +139,9 @@ def plan(
 
 def _show_cards(model: Planned, shapes: Sequence[tuple[int, int, int]] | None, dtype: str, as_json: bool) -> None:
     from reelbatch.memory.estimate import how_far_off
-    from reelbatch.tune.fitting import DTYPES, SHAPES, markdown, rows
+    from reelbatch.tune.fitting import DTYPES, markdown, rows
 
-    every = list(rows(model, shapes or SHAPES, DTYPES if dtype == "auto" else [dtype]))
+    every = list(rows(model, shapes, DTYPES if dtype == "auto" else [dtype]))
     if as_json:
         estimates = how_far_off(model.device)
         typer.echo(json.dumps({"model": model.name, "rows": [r.record() for r in every], "estimates": estimates}))

@@ -12,44 +12,21 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from reelbatch.loading import hunyuan_video
 from reelbatch.loading.configs import Config, build, check_config
 from reelbatch.loading.inspection import inspect
 from reelbatch.loading.layout import PROCESSORS, Contents, Layout
 from reelbatch.loading.precision import NOT_CONVERTED, Precision
+from reelbatch.loading.published import Published
 from reelbatch.models.family import Family
 from reelbatch.models.prompts import PromptTemplate
 from reelbatch.outside_json import read_object
 from reelbatch.request import ModelLimits
 from reelbatch.tracing import FAKE
 
-HUNYUANVIDEO: Mapping[str, Mapping[str, Any]] = {
-    "transformer": {},
-    "vae": {},
-    "text_encoder": {
-        "vocab_size": 128320,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-    },
-    "text_encoder_2": {
-        "vocab_size": 49408,
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "max_position_embeddings": 77,
-    },
-}
-"""HunyuanVideo (13B): its networks' own defaults, Llama 3 8B (as in LLaVA) and CLIP ViT-L/14."""
 
-
-def hunyuanvideo_13b(precision: Precision, device: torch.device) -> Family:
-    """HunyuanVideo as it was published, from the configurations in the code."""
-    layout = hunyuan_video.LAYOUT
-    return _family(layout, HUNYUANVIDEO, precision, device, layout.limits(HUNYUANVIDEO, {}), 7.0, None)
+def from_published(model: Published, precision: Precision, device: torch.device) -> Family:
+    """A model as it was published, from the configurations in the code."""
+    return _family(model.layout, model.configs, precision, device, model.limits, model.flow_shift, None)
 
 
 def from_folder(folder: Path, precision: Precision, device: torch.device) -> Family:
@@ -108,10 +85,11 @@ def _fake_weights(network: nn.Module, dtype: torch.dtype, device: torch.device) 
         wanted = dtype if tensor.is_floating_point() else tensor.dtype
         return FakeTensor(FAKE, torch.empty(tensor.shape, dtype=wanted, device="meta"), device)
 
+    shared = {parameter: nn.Parameter(fake(parameter), requires_grad=False) for parameter in network.parameters()}
     for module in network.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                module._parameters[name] = nn.Parameter(fake(parameter), requires_grad=False)
+                module._parameters[name] = shared[parameter]  # one of two names stays one
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = fake(buffer)

@@ -236,8 +236,8 @@ class Estimator:
 
 
 def any_image(limits: ModelLimits) -> dict[str, Any]:
-    """Fields of a request that stands for others, of models that make no video without an image."""
-    if not limits.image_required:
+    """Fields of a request that stands for others: of models that take an image it has one, which takes more memory."""
+    if limits.image_size is None:
         return {}
     return {"image": blank(), "height": limits.defaults.height, "width": limits.defaults.width}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -10,11 +11,11 @@ from reelbatch.loading.precision import Precision
 from reelbatch.memory.cards import BY_SIZE, Card, card
 from reelbatch.memory.estimate import any_image
 from reelbatch.memory.placement import Offload, offloads
-from reelbatch.request import VideoRequest
+from reelbatch.request import ModelLimits, VideoRequest
 from reelbatch.tune.setup import LARGEST_BATCH, Planned, Setup
 
-SHAPES = ((960, 544, 61), (960, 544, 129), (1280, 720, 61), (1280, 720, 129))
-"""Width, height and frames."""
+SMALL, LARGE, SHORT = (960, 544), (1280, 720), 61
+"""Width and height of videos, and frames."""
 DTYPES = ("bfloat16", "int8")
 
 
@@ -50,14 +51,24 @@ class Row(NamedTuple):
         return {**self._asdict(), "card": self.card.name, "gb": self.card.nominal, "usable": self.card.usable}
 
 
+def shapes_of(limits: ModelLimits) -> tuple[tuple[int, int, int], ...]:
+    """Width, height and frames: two sizes, of which a model's own is one if it is no larger, and two lengths, of which
+    the longer is its own."""
+    own = limits.defaults
+    small = min(SMALL, (own.width, own.height), key=math.prod)
+    return tuple((*size, frames) for size in (small, LARGE) for frames in (SHORT, own.frames))
+
+
 def rows(
     model: Planned,
-    shapes: Sequence[tuple[int, int, int]] = SHAPES,
+    shapes: Sequence[tuple[int, int, int]] | None = None,
     dtypes: Sequence[str] = DTYPES,
     names: Sequence[str] = BY_SIZE,
 ) -> Iterator[Row]:
-    """Every card, shape and dtype; nothing is left to what the engine does when memory runs out."""
+    """Every card, shape (those of `shapes_of` if not given) and dtype; nothing is left to what the engine does when
+    memory runs out."""
     precisions = {name: Precision.parse(name, model.device) for name in dtypes}
+    shapes = shapes or shapes_of(model.family(next(iter(precisions.values()))).limits)
     for one in map(card, names):
         for width, height, frames in shapes:
             size = {"width": width, "height": height, "frames": frames}

@@ -21,7 +21,7 @@ from reelbatch.models.family import Phase
 from reelbatch.request import VideoRequest
 from reelbatch.tune.reliefs import Outcome, outcomes
 from reelbatch.tune.remedies import Remedy, remedies
-from reelbatch.tune.setup import PLAIN_13B, Planned, Setup, open_model
+from reelbatch.tune.setup import Planned, Setup, open_model
 
 PHASES: Mapping[Phase, str] = {"text": "text encoding", "step": "a denoising step", "decode": "decoding"}
 CUDA = torch.device("cuda")
@@ -158,7 +158,7 @@ def answer(
     """The estimated cost of a batch of equal videos; loads nothing and downloads nothing.
 
     Args:
-        model: "demo", a folder in the Diffusers layout, or "hunyuanvideo-13b".
+        model: "demo", a folder in the Diffusers layout, or the name of a published model (`loading/published.py`).
         height, width, frames: the model's own if not given.
         cfg: whether a second, unconditional branch runs.
         device: of this machine; with `max_memory` also one that is not here.
@@ -203,13 +203,12 @@ def answer(
 
 def _stored(model: str, planned: Planned, device: str, precision: Precision) -> Stored:
     """The calibration of a model and a device that are both here, or why the one that is stored is not used."""
-    if model.lower() in PLAIN_13B:
-        return Stored()
+    folder = resolve_here(model)
     try:
         choose_device(device)
     except ValueError:
         return Stored()
-    return find(any_shape(resolve_here(model), planned.name, planned.device, precision))
+    return find(any_shape(folder, planned.name, planned.device, precision)) if folder.is_dir() else Stored()
 
 
 def _device(device: str, max_memory: int | None) -> torch.device:

@@ -10,17 +10,16 @@ from functools import lru_cache
 import torch
 
 from reelbatch.engine.planner import Isolation
-from reelbatch.loading.hub import REAL_MODEL, model_name, resolve_here
+from reelbatch.loading.hub import model_name, resolve_here
 from reelbatch.loading.precision import Precision
-from reelbatch.loading.skeleton import from_folder, hunyuanvideo_13b
+from reelbatch.loading.published import BY_NAME, published
+from reelbatch.loading.skeleton import from_folder, from_published
 from reelbatch.memory.calibration import Calibration
 from reelbatch.memory.estimate import Estimator, Plan
 from reelbatch.memory.placement import Offload
 from reelbatch.models.family import Family, Phase
 from reelbatch.request import VideoRequest
 
-PLAIN_13B = ("hunyuanvideo-13b", "hunyuanvideo", "13b", REAL_MODEL.lower())
-"""Names of HunyuanVideo (13B) that are planned from the configuration in the code, without a folder."""
 LARGEST_BATCH = 256
 """Batches that are not looked beyond."""
 
@@ -90,16 +89,18 @@ def open_model(model: str, device: torch.device) -> Planned:
     Raises:
         ValueError: if there is no such folder, or it lacks a configuration.
     """
-    if model.lower() in PLAIN_13B:
-        return _plain_13b(device)
     folder = resolve_here(model)
-    if not folder.is_dir():
-        raise ValueError(
-            f"model {model!r}: no such folder. A plan downloads nothing: give a model folder, demo, or {PLAIN_13B[0]}"
-        )
-    return Planned(model_name(folder), lambda precision: from_folder(folder, precision, device), device)
+    if folder.is_dir():
+        return Planned(model_name(folder), lambda precision: from_folder(folder, precision, device), device)
+    if known := published(model):
+        return _published(known.name, device)
+    names = ", ".join(BY_NAME)
+    raise ValueError(
+        f"model {model!r}: no such folder. A plan downloads nothing: give a model folder, demo, or one of {names}"
+    )
 
 
-@lru_cache(4)
-def _plain_13b(device: torch.device) -> Planned:
-    return Planned(PLAIN_13B[0], lambda precision: hunyuanvideo_13b(precision, device), device)
+@lru_cache(8)
+def _published(name: str, device: torch.device) -> Planned:
+    known = BY_NAME[name]
+    return Planned(name, lambda precision: from_published(known, precision, device), device)

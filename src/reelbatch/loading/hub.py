@@ -61,7 +61,10 @@ def _part(model: str | Path, download: bool) -> Path:
     if folder.is_dir():
         return folder
     if folder.is_file():
-        raise ModelFolderError(f"{folder}: is a file; give the model folder, the one with model_index.json in it")
+        raise ModelFolderError(
+            f"{folder}: is a file; give the model folder, the one with model_index.json in it, or make one of the "
+            "file (reelbatch convert)"
+        )
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(model)):
         raise ModelFolderError(f"{folder}: no such folder; give a model folder, a hub id such as {REAL_MODEL}, or demo")
     return _download(str(model), download)

@@ -346,7 +346,9 @@ class _Reader:
 
 def _why_no_index(folder: Path) -> str:
     if any(_first(folder.rglob(pattern)) for pattern in ("mp_rank_00_model_states*.pt", "hunyuan-video-t2v*")):
-        return f"This looks like Tencent's own layout; reelbatch reads the Diffusers layout: get {REAL_MODEL}"
+        return (
+            f"This looks like Tencent's own layout; make a model folder of it (reelbatch convert), or get {REAL_MODEL}"
+        )
     if _first(folder.rglob("*.incomplete")):
         return "The download did not finish; run it again, it goes on where it stopped"
     return f"Give a model folder in the Diffusers layout, such as a download of {REAL_MODEL}"

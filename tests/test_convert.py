@@ -386,7 +386,6 @@ def test_ambiguous_and_unknown_files_are_told_by_name(tmp_path: Path, tiny_folde
     refused(r"do not tell which model it is\. Say so with --as NAME, one of: t2v \(.*; i2v \(", own)
     refused("--as video: no such model; there are t2v, i2v", own, "video")
     refused("cannot be 480p_t2v as --as 480p_t2v says; it can be t2v", own, "480p_t2v")
-    refused("is HunyuanVideo-I2V, .*which reelbatch does not run", own, "i2v")
     wide = own | {"img_in.proj.weight": torch.zeros(32, 7, 1, 2, 2)}
     refused("with 7 channels in and 4 out: no published model", wide)
     refused("is of FramePack, which reelbatch does not run", own | {"clean_x_embedder.proj.weight": torch.ones(1)})

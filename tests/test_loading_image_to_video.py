@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from reelbatch import VideoRequest
 from reelbatch.cli import app
+from reelbatch.engine.calibrate import small_videos
 from reelbatch.engine.engine import Engine
 from reelbatch.loading import hub
 from reelbatch.loading.families import LAYOUTS
@@ -34,6 +35,7 @@ from reelbatch.memory.streaming import groups_of, network_bytes, streamed_bytes
 from reelbatch.models.hunyuan_video.llava import LlavaModel
 from reelbatch.models.hunyuan_video.transformer import HunyuanVideoTransformer3DModel
 from reelbatch.request import RequestDefaults, RequestError
+from reelbatch.tune.workload import of_shape
 
 
 @pytest.fixture(scope="module")
@@ -240,6 +242,17 @@ def test_memory_is_estimated_from_the_configurations_alone(folders: dict[Kind, P
     plan = Estimator(skeleton, "exact", device).plan([request.for_model(skeleton.limits)], "block")
     assert plan.weights["text"] > plan.weights["decode"] > 0
     assert plan.step > 0
+
+
+def test_requests_that_stand_for_others_have_an_image(folders: dict[Kind, Path]) -> None:
+    info = inspect(folders["token_replace"])
+    (asked, *_) = of_shape(info, {"frames": 1}, 1).requests
+    assert asked.image is not None and asked.size == (64, 96, 1)
+    assert {request.for_model(info.limits).size for request in small_videos(info.limits)} == {
+        (128, 128, 9),
+        (192, 192, 17),
+        (256, 256, 17),
+    }
 
 
 # -- a transformer alone ---------------------------------------------------------------------------

@@ -235,13 +235,11 @@ def test_what_would_be_another_model_is_refused(
         load(copy)
 
 
-def test_memory_is_estimated_from_the_configurations_alone(folders: dict[Kind, Path]) -> None:
+def test_weights_in_memory_are_estimated_from_the_configurations_alone(folders: dict[Kind, Path]) -> None:
     device = torch.device("cpu")
     skeleton = from_folder(folders["token_replace"], Precision.parse("float32", device), device)
-    request = VideoRequest(prompt="a", image=picture(32, 32), height=32, width=32, frames=1)
-    plan = Estimator(skeleton, "exact", device).plan([request.for_model(skeleton.limits)], "block")
-    assert plan.weights["text"] > plan.weights["decode"] > 0
-    assert plan.step > 0
+    weights = Estimator(skeleton, "exact", device).weights("block")
+    assert weights["text"] > weights["decode"] > 0  # the VAE encodes the image
 
 
 def test_requests_that_stand_for_others_have_an_image(folders: dict[Kind, Path]) -> None:
@@ -300,8 +298,8 @@ def run(*words: Any) -> str:
     return result.stdout
 
 
-@pytest.mark.parametrize("kind", ["token_replace", "skyreels"])
-def test_the_command_line_takes_images(folders: dict[Kind, Path], tmp_path: Path, kind: Kind) -> None:
+def test_the_command_line_takes_images(folders: dict[Kind, Path], tmp_path: Path) -> None:
+    kind: Kind = "token_replace"
     for name, size in (("a.png", (64, 48)), ("b.png", (32, 64))):
         (tmp_path / name).write_bytes(picture(*size))
     (tmp_path / "suite.csv").write_text("prompt,image,frames\na red cat,a.png,5\na dog,b.png,1\n")

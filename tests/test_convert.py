@@ -14,6 +14,7 @@ import foreign
 import pytest
 import tiny
 import tiny15
+import tiny_i2v
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,7 +24,7 @@ from typer.testing import CliRunner
 from reelbatch import VideoRequest
 from reelbatch.cli import app
 from reelbatch.engine.engine import Engine
-from reelbatch.loading.checkpoints.convert import describe, plan, write
+from reelbatch.loading.checkpoints.convert import check_out, describe, plan, write
 from reelbatch.loading.checkpoints.kinds import KINDS
 from reelbatch.loading.checkpoints.parts import config_of, recognise
 from reelbatch.loading.checkpoints.weight_files import WeightFile
@@ -189,6 +190,30 @@ def test_tencents_layout_of_1_gives_the_same_videos(tmp_path: Path, tiny_folder:
     assert frames(out) == frames(tiny_folder)
     states = tmp_path / "ckpts" / "hunyuan-video-t2v-720p" / "transformers" / "mp_rank_00_model_states.pt"
     same(foreign.weights(convert(states, tmp_path / "again", rest, None)), expected)
+
+
+@pytest.mark.parametrize(("kind", "asked"), [("token_replace", "i2v"), ("latent_concat", None), ("skyreels", None)])
+def test_image_to_video_models_of_the_first_network(tmp_path: Path, kind: Any, asked: str | None) -> None:
+    """Those of which the channels say enough need no name."""
+    folder = tiny_i2v.make_folder(tmp_path / "m", kind)
+    _diffusers(folder, tmp_path / "a.safetensors")
+    out = convert(tmp_path / "a.safetensors", tmp_path / "out", folder, asked)
+    same(foreign.weights(out), foreign.weights(folder))
+    schedules = [place / "scheduler" / "scheduler_config.json" for place in (out, folder)]
+    assert foreign.json_of(schedules[0])["shift"] == 7.0
+    shutil.copyfile(schedules[1], schedules[0])
+    request = tiny_i2v.mixed(kind)[0]
+    videos = [Engine(load(place, "cpu")).generate([request])[0].frames_sha256 for place in (out, folder)]
+    assert videos[0] == videos[1]
+
+
+def test_skyreels_text_to_video_has_its_own_defaults(tmp_path: Path, tiny_folder: Path) -> None:
+    _diffusers(tiny_folder, tmp_path / "a.safetensors")
+    with pytest.raises(ModelFolderError, match=r"holds no text_encoder, tokenizer, image_processor"):
+        check_out(plan(tmp_path / "a.safetensors", "i2v", tiny_folder), tmp_path / "out")  # whose encoder is LLaVA
+    out = convert(tmp_path / "a.safetensors", tmp_path / "out", tiny_folder, "skyreels-t2v")
+    assert foreign.json_of(out / "reelbatch.json")["guidance"] == "classifier-free"
+    assert inspect(out).limits.defaults.frames == 97
 
 
 def test_tencents_fp8_is_made_whole_with_its_map(tmp_path: Path, tiny_folder: Path) -> None:
@@ -383,10 +408,9 @@ def test_ambiguous_and_unknown_files_are_told_by_name(tmp_path: Path, tiny_folde
         with pytest.raises(ModelFolderError, match=said):
             plan(file, asked, rest)
 
-    refused(r"do not tell which model it is\. Say so with --as NAME, one of: t2v \(.*; i2v \(", own)
+    refused(r"do not tell which model it is\. Say so with --as NAME, one of: t2v \(.*; i2v \(.*; skyreels-t2v", own)
     refused("--as video: no such model; there are t2v, i2v", own, "video")
     refused("cannot be 480p_t2v as --as 480p_t2v says; it can be t2v", own, "480p_t2v")
-    refused("is HunyuanVideo-I2V, .*which reelbatch does not run", own, "i2v")
     wide = own | {"img_in.proj.weight": torch.zeros(32, 7, 1, 2, 2)}
     refused("with 7 channels in and 4 out: no published model", wide)
     refused("is of FramePack, which reelbatch does not run", own | {"clean_x_embedder.proj.weight": torch.ones(1)})
@@ -578,11 +602,18 @@ def test_model_info_explains_files_and_folders_of_other_layouts(
     file = tmp_path / "a.safetensors"
     _scaled("scale_weight", more=_marks)(tiny_folder, file)
     found = said(file)
-    assert (found["model"], found["kind"], found["possible"]) == ("HunyuanVideo 1.0", None, ["t2v", "i2v"])
+    assert (found["model"], found["kind"], found["possible"]) == (
+        "HunyuanVideo 1.0",
+        None,
+        ["t2v", "i2v", "skyreels-t2v"],
+    )
     assert found["config"]["num_single_layers"] == 2 and set(found["stored_bytes"]) == {"F8_E4M3", "F32"}
-    assert f"reelbatch convert {file} OUT --as NAME (one of t2v, i2v) --rest hunyuanvideo-community" in found["verdict"]
+    assert (
+        f"reelbatch convert {file} OUT --as NAME (one of t2v, i2v, skyreels-t2v) --rest hunyuanvideo-community"
+        in found["verdict"]
+    )
     assert set(found["missing"]) == {"vae", "text_encoder", "text_encoder_2"}
-    assert said(file, "--as", "i2v")["verdict"].startswith("cannot run: it is HunyuanVideo-I2V")
+    assert "--rest hunyuanvideo-community/HunyuanVideo-I2V" in said(file, "--as", "i2v")["verdict"]
 
     foreign.tencent10_folder(tiny_folder, tmp_path / "ten")
     found = said(tmp_path / "ten")

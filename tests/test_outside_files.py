@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from reelbatch.jobs.prompts import PromptError, read_prompts
 from reelbatch.jobs.states import States
+from reelbatch.loading.hashing import weights_hash
 from reelbatch.loading.hub import ModelFolderError
 from reelbatch.loading.inspection import inspect
 from reelbatch.loading.load import load
@@ -233,6 +234,20 @@ def test_json_that_no_file_holds(folder: Path, file: str, content: str) -> None:
     (folder / file).write_text(content)
     with pytest.raises(ModelFolderError, match=r"cannot be read|is no JSON object"):
         load(folder, "cpu")
+
+
+def test_a_tokenizer_that_loads_and_cannot_read(folder: Path) -> None:
+    settings = folder / "tokenizer" / "tokenizer_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "model_max_length": {}}))
+    with pytest.raises(ModelFolderError, match="tokenizer: the tokenizer cannot be loaded: TypeError"):
+        load(folder, "cpu")
+
+
+def test_a_folder_in_the_place_of_settings_that_need_not_be_there_is_passed_over(folder: Path) -> None:
+    settings = folder / "tokenizer" / "tokenizer_config.json"
+    settings.unlink()
+    settings.mkdir()
+    assert len(weights_hash(folder)) == 64
 
 
 def test_weights_that_may_stand_beside_and_such_that_may_not(folder: Path) -> None:

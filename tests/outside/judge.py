@@ -52,10 +52,12 @@ FILES = {
 
 The last is a file of this folder: Diffusers tests no image-to-video pipeline of HunyuanVideo 1.5."""
 
+OF_15 = (TRANSFORMER_15, PIPELINE_15, IMAGE_TO_VIDEO_15)
+
 AS_IN_DIFFUSERS = ("-c", "pyproject.toml", "--rootdir", ".", "--confcutdir", str(HERE), "-p", "tests.conftest")
 """Options under which a file of this folder is collected as one of Diffusers' tests, not as one of ours."""
 
-TITLES = {"diffusers": "Diffusers", "ours": "Our transformer", "repaired": "After `reelbatch.repair`"}
+TITLES = {"diffusers": "Diffusers", "ours": "Our transformers", "repaired": "After `reelbatch.repair`"}
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,7 @@ def page(source: Path, runs: dict[str, Run]) -> str:
         f"""# Diffusers' own tests, on our classes
 
 Diffusers tests its HunyuanVideo models and pipelines. Here the same tests are run three times: on Diffusers' classes,
-on our transformer put in the place of Diffusers' class of the same name, and on Diffusers' pipelines after
+on our transformers put in the place of Diffusers' classes of the same names, and on Diffusers' pipelines after
 `reelbatch.repair`. The classes are those of Diffusers {version}, the tests those of its
 {describe(source)}, unchanged. On a CPU: tests that ask for an accelerator are skipped on every
 side.
@@ -233,6 +235,8 @@ Where latents are equal and videos are not, the difference is the VAE's, to whic
 - The tests take tiny tokenizers and models from the hub. They get stand-ins of the same kinds and widths
   (`tests/outside/hub.py`), so that nothing is downloaded. Hence `test_inference`, whose expected numbers belong to the
   hub's tokenizers, fails for everyone.
+- Diffusers has no tests of HunyuanVideo 1.5's image-to-video pipeline. `tests/outside/image_to_video_15.py` puts it
+  into the same mixin, with the components of Diffusers' text-to-video tests and an image.
 - The two skipped batch tests are run, and the two tests above are added (`tests/outside/added.py`).
 
 ## Again
@@ -264,11 +268,13 @@ def table(runs: dict[str, Run]) -> str:
     rows = [heads, ["---"] * len(heads)]
     for file in dict.fromkeys(map(file_of, runs["diffusers"].outcome)):
         rows.append([f"`{file.removeprefix('tests/')}`", *(count(result.counts(file)) for result in runs.values())])
-    totals = [
-        sum((result.counts(file) for file in dict.fromkeys(map(file_of, result.outcome))), Counter())
-        for result in runs.values()
-    ]
-    rows.append(["all of these", *map(count, totals)])
+    files = dict.fromkeys(map(file_of, runs["diffusers"].outcome))
+    for name, of in {
+        "HunyuanVideo 1.0": [file for file in files if file not in OF_15],
+        "HunyuanVideo 1.5": [file for file in files if file in OF_15],
+        "all of these": list(files),
+    }.items():
+        rows.append([name, *(count(sum(map(result.counts, of), Counter())) for result in runs.values())])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

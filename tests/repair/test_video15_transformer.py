@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import pytest
 import torch
+from diffusers import HunyuanVideo15Transformer3DModel
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from video15 import (
     GLYPH_LENGTHS,
     GLYPHS,
@@ -22,11 +25,38 @@ from video15 import (
 )
 
 from reelbatch.attention import HeadRules, own_frame
+from reelbatch.models import hunyuan_video15
 
 VIDEO = 3 * 4 * 2
 """Video tokens of a sample at patch 1."""
 PADDED = IMAGE + GLYPHS + TEXT
 VALID = tuple(n + m + IMAGE * i for n, m, i in zip(TEXT_LENGTHS, GLYPH_LENGTHS, HAS_IMAGE, strict=True))
+
+
+def test_signature_is_that_of_diffusers():
+    theirs, ours = (
+        list(inspect.signature(kind.forward).parameters.values())
+        for kind in (HunyuanVideo15Transformer3DModel, hunyuan_video15.HunyuanVideo15Transformer3DModel)
+    )
+    assert [each.name for each in ours] == [*(each.name for each in theirs), "packs"]
+    assert [each.kind for each in ours[:-1]] == [each.kind for each in theirs]
+    assert ours[-1].kind is inspect.Parameter.KEYWORD_ONLY
+    for mine, their in zip(ours, theirs, strict=False):
+        assert their.default in (mine.default, inspect.Parameter.empty)
+
+
+@torch.no_grad()
+def test_our_own_class_takes_what_diffusers_takes(transformer):
+    ours = hunyuan_video15.HunyuanVideo15Transformer3DModel.from_config(transformer.config)
+    ours.load_state_dict(transformer.state_dict())
+    batch = mixed_batch()
+    expected = solo(transformer, batch)
+    by_position = [batch[name] for name in list(batch)[:4]]
+    (sample,) = ours(*by_position, None, *(batch[name] for name in list(batch)[4:]), None, False)
+    assert max(differences(sample, expected)) <= 1e-5
+    found = ours(**batch)
+    assert type(found) is Transformer2DModelOutput
+    assert torch.equal(found.sample, sample)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,8 @@ def weights_hash(folder: Path) -> str:
     digest = hashlib.sha256()
     for component in sorted(components_of(folder)):
         for file in sorted((folder / component).glob("*")):
+            if not file.is_file():
+                continue
             if file.suffix == ".safetensors":
                 size = file.stat().st_size
                 digest.update(f"{component}/{file.name}:{size}".encode())

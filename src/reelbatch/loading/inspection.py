@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -36,6 +36,8 @@ class FolderProfile(BaseModel):
         about: a sentence for people.
         defaults: what requests get that leave something open.
         prompt_template: `template` and `crop_start`; None for HunyuanVideo's own.
+        guidance: what a request's guidance is (`ModelLimits`), where it is not what the pipeline has: HunyuanVideo's
+            own folders do not say that a transformer is SkyReels V1's.
         vocabulary: every word that the model knows; empty for a model that knows language.
     """
 
@@ -44,6 +46,7 @@ class FolderProfile(BaseModel):
     about: Annotated[str, Field(max_length=10_000)] = ""
     defaults: RequestDefaults = RequestDefaults()
     prompt_template: PromptTemplate | None = None
+    guidance: Literal["embedded", "classifier-free"] | None = None
     vocabulary: Annotated[tuple[Annotated[str, Field(max_length=200)], ...], Field(max_length=100_000)] = ()
 
     @field_validator("defaults", mode="before")
@@ -183,8 +186,9 @@ def _inspect(folder: Path) -> ModelInfo:
 
     profile, said = reader.profile()
     limits = layout.limits(configs, said)
+    limits = replace(limits, guidance=profile.guidance or limits.guidance)
     try:
-        VideoRequest(prompt="-", **vars(limits.defaults)).for_model(replace(limits, advice=None))
+        VideoRequest(prompt="-", **vars(limits.defaults)).for_model(replace(limits, advice=None, image_required=False))
     except RequestError as error:
         reader.problem("reelbatch.json", f"has defaults that the model cannot make: {error}")
     flow_shift = float(configs.get("scheduler", {}).get("shift", 1.0))

@@ -19,9 +19,12 @@ MOST_HEADER_BYTES = 100_000_000
 """What the safetensors library reads at most."""
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 """Dtypes of weights that are numbers as they are, with no scale that belongs to them."""
-PREFIXES = ("model.", "text_model.", "vision_model.")
-"""Before the names of an encoder that was stored as a part of a larger network, or by an earlier transformers."""
-UNUSED = re.compile(r"lm_head\.weight|(.+\.)?position_ids|(.+\.)?rotary_emb\.inv_freq")
+PREFIXES = re.compile(
+    r"(?:model\.)?((?:language_model|vision_tower)\.)?(?:model\.)?(?:text_model\.)?(?:vision_model\.)?"
+)
+"""Before the names of an encoder that was stored as a part of a larger network, or by an earlier transformers; what is
+in the group stays."""
+UNUSED = re.compile(r"(language_model\.)?lm_head\.weight|(.+\.)?position_ids|(.+\.)?rotary_emb\.inv_freq")
 """Stored beside encoders, and not of their weights: the head for next words, and numbers computed from the
 configuration, which earlier versions of transformers stored."""
 SHOWN = 3
@@ -111,9 +114,7 @@ def differences(stored: Mapping[str, StoredTensor], network: nn.Module) -> list[
 
 
 def _plain(name: str, tower: bool) -> str:
-    for prefix in PREFIXES if tower else ():
-        name = name.removeprefix(prefix)
-    return name
+    return PREFIXES.sub(r"\1", name, count=1) if tower else name
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,14 @@ from reelbatch.loading.checkpoints.parts import Part, config_of, reader, recogni
 from reelbatch.loading.checkpoints.scales import whole_weights
 from reelbatch.loading.checkpoints.towers import Towers, towers_of
 from reelbatch.loading.checkpoints.weight_files import WeightFile
-from reelbatch.loading.checkpoints.writing import SHARD_BYTES, Progress, Weights, size_of, take, take_file, write_json
+from reelbatch.loading.checkpoints.writing import SHARD_BYTES, Progress, Weights, size_of, take, write_json
 from reelbatch.loading.configs import build, check_config
 from reelbatch.loading.families import LAYOUTS
-from reelbatch.loading.hub import ModelFolderError, model_name
+from reelbatch.loading.hub import ModelFolderError
 from reelbatch.loading.inspection import ModelInfo, inspect
 from reelbatch.loading.layout import Layout
 from reelbatch.loading.parameter_names import HUNYUAN_VIDEO, HUNYUAN_VIDEO_15, ParameterNames
+from reelbatch.outside_json import read_object
 from reelbatch.wording import shown_line
 
 PUBLISHED_HEAD, PUBLISHED_AXES = 128, [16, 56, 56]
@@ -31,8 +32,9 @@ PUBLISHED_HEAD, PUBLISHED_AXES = 128, [16, 56, 56]
 REST = {
     HUNYUAN_VIDEO.model: {
         "vae": "tencent/HunyuanVideo (hunyuan-video-t2v-720p/vae)",
-        "text_encoder": "xtuner/llava-llama-3-8b-v1_1-transformers (its language model)",
+        "text_encoder": "xtuner/llava-llama-3-8b-v1_1-transformers (of text to video, its language model)",
         "text_encoder_2": "openai/clip-vit-large-patch14",
+        "image_processor": "xtuner/llava-llama-3-8b-v1_1-transformers",
     },
     HUNYUAN_VIDEO_15.model: {
         "vae": "tencent/HunyuanVideo-1.5 (vae)",
@@ -59,7 +61,7 @@ class Conversion:
         found: the files. kind: which model they are. layout: of the model folder.
         weights: the components that are converted. taken: folders of those that are taken as they are.
         towers: the encoders and tokenizers that are made from those of the layout.
-        missing: the components that nothing has, and where they come from.
+        missing: the components that nothing has, and where they come from. base: the model that gives the rest.
     """
 
     found: Found
@@ -69,7 +71,7 @@ class Conversion:
     towers: Towers
     taken: Mapping[str, Path]
     missing: Mapping[str, str]
-    rest: Path | None
+    base: ModelInfo | None
 
     @property
     def size(self) -> int:
@@ -116,14 +118,25 @@ def plan(
     towers = towers_of(found.towers, layout, dtype)
     weights |= towers.weights
     needed = [name for name in layout.classes if name not in (*weights, *towers.files, "scheduler", "guider")]
-    taken = {name: base.folder / name for name in needed if base is not None and (base.folder / name).is_dir()}
+    taken = _taken(base, layout, needed)
     sources = REST[kind.names.model]
     missing = {
         name: sources.get(name, sources.get(name.replace("tokenizer", "text_encoder"), layout.example))
         for name in needed
         if name not in taken
     }
-    return Conversion(found, kind, layout, weights, towers, taken, missing, rest)
+    return Conversion(found, kind, layout, weights, towers, taken, missing, base)
+
+
+def _taken(base: ModelInfo | None, layout: Layout, needed: Sequence[str]) -> dict[str, Path]:
+    """The folders of a base model that have what is needed; a tokenizer with its encoder only."""
+    if base is None:
+        return {}
+    fits = {part.name for part in base.components if part.class_name in layout.classes.get(part.name, ())}
+    fits &= set(needed)
+    encoders = {name: name.replace("tokenizer", "text_encoder") for name in fits if "tokenizer" in name}
+    fits -= {name for name, encoder in encoders.items() if encoder in needed and encoder not in fits}
+    return {name: base.folder / name for name in needed if name in fits}
 
 
 def _base(rest: Path | None) -> ModelInfo | None:
@@ -247,9 +260,10 @@ def write(conversion: Conversion, out: Path, progress: Progress, shard_bytes: in
     if "guider" in layout.classes:
         guider = {"_class_name": "ClassifierFreeGuidance", "guidance_scale": kind.guidance}
         _settings(out / "guider" / "guider_config.json", guider)
-    profile = conversion.rest / "reelbatch.json" if conversion.rest else None
-    if profile is not None and profile.is_file():
-        take_file(profile, out / profile.name)
+    base = conversion.base.folder / "reelbatch.json" if conversion.base else None
+    profile = {**(read_object(base) if base is not None and base.is_file() else {}), **kind.profile}
+    if profile:
+        write_json(out / "reelbatch.json", profile)
     write_json(out / "model_index.json", _index(conversion, out))
     info = inspect(out)
     if info.problems:
@@ -266,7 +280,7 @@ def _settings(path: Path, content: Mapping[str, Any]) -> None:
 def _index(conversion: Conversion, out: Path) -> dict[str, Any]:
     layout = conversion.layout
     index: dict[str, Any] = {"_class_name": conversion.kind.pipeline, "_diffusers_version": diffusers.__version__}
-    given = () if conversion.rest is None else inspect(conversion.rest).components
+    given = () if conversion.base is None else conversion.base.components
     names = {component.name: component.class_name for component in given}
     for component, classes in layout.classes.items():
         library = "diffusers" if hasattr(diffusers, classes[0]) or component == "guider" else "transformers"
@@ -289,6 +303,6 @@ def describe(conversion: Conversion) -> dict[str, Any]:
         "converted": {name: weights.size for name, weights in conversion.weights.items()},
         "tokenizers": sorted(conversion.towers.files),
         "taken": {name: str(folder) for name, folder in conversion.taken.items()},
-        "rest": None if conversion.rest is None else model_name(conversion.rest),
+        "rest": None if conversion.base is None else conversion.base.name,
         "missing": dict(conversion.missing),
     }

@@ -29,6 +29,8 @@ from reelbatch.loading.layout import Layout
 from reelbatch.loading.stored import PREFIXES
 from reelbatch.wording import shown_line
 
+CLASSES = ("LlamaModel", "CLIPTextModel", "Qwen2_5_VLTextModel", "SiglipVisionModel")
+"""Encoders that are taken out of larger models. LLaVA as a whole, of image-to-video models, comes from `--rest`."""
 TOKENIZER_FILES = (*TOKENIZER_SETTINGS, "tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model")
 BEFORE = (
     "model.language_model.",
@@ -78,7 +80,7 @@ def towers_of(places: Mapping[str, Path], layout: Layout, dtype: torch.dtype | N
     """
     towers = Towers()
     for name in ("text_encoder", "text_encoder_2", "image_encoder"):
-        if name in places and name in layout.networks:
+        if name in places and layout.classes.get(name, ("",))[0] in CLASSES:
             images = name == "image_encoder"
             section, others = ("vision_config", NOT_OF_IMAGES) if images else ("text_config", NOT_OF_TEXT)
             file = weights_in(places[name])
@@ -128,7 +130,7 @@ def _weights(component: str, layout: Layout, config: Mapping[str, Any], file: We
 
 def _sources(component: str, names: tuple[str, ...], file: WeightFile) -> dict[str, str]:
     """Where each weight of the network is in the file."""
-    plain = {name: _plain(name) for name in names}
+    plain = {name: PREFIXES.sub(r"\1", name, count=1) for name in names}
     for before in BEFORE:
         sources = {name: before + short for name, short in plain.items()}
         # T5 calls the embedding of its tokens otherwise where it is not shared with a decoder
@@ -147,12 +149,6 @@ def _sources(component: str, names: tuple[str, ...], file: WeightFile) -> dict[s
             f"{file.path}: has {len(others)} weights that its config.json does not ask for, such as {others[0][:100]}"
         )
     return sources
-
-
-def _plain(name: str) -> str:
-    for prefix in PREFIXES:
-        name = name.removeprefix(prefix)
-    return name
 
 
 def _tokenizer(towers: Towers, component: str, folder: Path, layout: Layout) -> None:

@@ -29,6 +29,8 @@ from reelbatch.wording import shown_line
 
 PUBLISHED_HEAD, PUBLISHED_AXES = 128, [16, 56, 56]
 """Channels of a head, and of them for frame, row and column, of every published model."""
+USUAL_SHIFT = 7.0
+"""Of the schedule, in the published folders of 1.0."""
 REST = {
     HUNYUAN_VIDEO.model: {
         "vae": "tencent/HunyuanVideo (hunyuan-video-t2v-720p/vae)",
@@ -118,7 +120,7 @@ def plan(
     towers = towers_of(found.towers, layout, dtype)
     weights |= towers.weights
     needed = [name for name in layout.classes if name not in (*weights, *towers.files, "scheduler", "guider")]
-    taken = _taken(base, layout, needed)
+    taken = _taken(base, layout, [*needed, "scheduler"] if kind.shift is None else needed)
     sources = REST[kind.names.model]
     missing = {
         name: sources.get(name, sources.get(name.replace("tokenizer", "text_encoder"), layout.example))
@@ -255,8 +257,9 @@ def write(conversion: Conversion, out: Path, progress: Progress, shard_bytes: in
         (out / name).mkdir(exist_ok=True)
         make(out / name)
     layout, kind = conversion.layout, conversion.kind
-    schedule = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": kind.shift}
-    _settings(out / "scheduler" / "scheduler_config.json", schedule)
+    if "scheduler" not in conversion.taken:
+        schedule = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": kind.shift or USUAL_SHIFT}
+        _settings(out / "scheduler" / "scheduler_config.json", schedule)
     if "guider" in layout.classes:
         guider = {"_class_name": "ClassifierFreeGuidance", "guidance_scale": kind.guidance}
         _settings(out / "guider" / "guider_config.json", guider)

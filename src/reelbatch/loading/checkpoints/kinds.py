@@ -22,7 +22,8 @@ class Kind:
         condition: channels of an image beside the noisy latents: none, as many (`image`), or one more (`image+mask`).
         embedded: whether it has an embedding of a guidance scale; None is either. meanflow: as in its configuration.
         transformer: what its configuration says that weights do not tell.
-        shift: of the schedule. guidance: scale of the guider, for models that have one.
+        shift: of the schedule; None is 7, or that of the model that gives the rest.
+        guidance: scale of the guider, for models that have one.
         profile: what `reelbatch.json` says of it.
     """
 
@@ -34,7 +35,7 @@ class Kind:
     embedded: bool | None = None
     meanflow: bool = False
     transformer: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-    shift: float = 7.0
+    shift: float | None = None
     guidance: float | None = None
     profile: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
@@ -63,7 +64,7 @@ def _variants() -> tuple[Kind, ...]:
 KINDS: Sequence[Kind] = (
     Kind(
         "t2v",
-        "HunyuanVideo, text to video; FastHunyuan and AccVideo too",
+        "HunyuanVideo, text to video",
         HUNYUAN_VIDEO,
         "HunyuanVideoPipeline",
     ),

@@ -86,10 +86,12 @@ def _damaged(error: Exception) -> ValueError:
 
 def differences(stored: Mapping[str, StoredTensor], network: nn.Module) -> list[str]:
     """What keeps stored weights from being those of a network: names, shapes, dtypes."""
-    tower = isinstance(network, PreTrainedModel)
-    weights = {_plain(name, tower): weight for name, weight in network.state_dict(keep_vars=True).items()}
+    weights = network.state_dict(keep_vars=True)
+    plain = dict(stored)
+    if isinstance(network, PreTrainedModel):
+        weights = {plain_name(name): weight for name, weight in weights.items()}
+        plain = {plain_name(name): tensor for name, tensor in stored.items() if not UNUSED.fullmatch(name)}
     own = {name: tuple(weight.shape) for name, weight in weights.items()}
-    plain = {_plain(name, tower): tensor for name, tensor in stored.items() if not (tower and UNUSED.fullmatch(name))}
     faults = []
     there = {id(weights[name]) for name in own.keys() & plain.keys()}  # a weight of two names is stored by one of them
     if missing := sorted(name for name, weight in weights.items() if id(weight) not in there):
@@ -113,8 +115,9 @@ def differences(stored: Mapping[str, StoredTensor], network: nn.Module) -> list[
     return faults
 
 
-def _plain(name: str, tower: bool) -> str:
-    return PREFIXES.sub(r"\1", name, count=1) if tower else name
+def plain_name(name: str) -> str:
+    """An encoder's weight by the name that it has in the encoder itself."""
+    return PREFIXES.sub(r"\1", name, count=1)
 
 
 def _listed(names: Iterable[str]) -> str:

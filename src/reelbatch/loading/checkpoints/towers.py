@@ -26,7 +26,7 @@ from reelbatch.loading.configs import build, check_config
 from reelbatch.loading.hub import ModelFolderError
 from reelbatch.loading.inspection import TOKENIZER_SETTINGS
 from reelbatch.loading.layout import Layout
-from reelbatch.loading.stored import PREFIXES
+from reelbatch.loading.stored import plain_name
 from reelbatch.wording import shown_line
 
 CLASSES = ("LlamaModel", "CLIPTextModel", "Qwen2_5_VLTextModel", "SiglipVisionModel")
@@ -130,7 +130,7 @@ def _weights(component: str, layout: Layout, config: Mapping[str, Any], file: We
 
 def _sources(component: str, names: tuple[str, ...], file: WeightFile) -> dict[str, str]:
     """Where each weight of the network is in the file."""
-    plain = {name: PREFIXES.sub(r"\1", name, count=1) for name in names}
+    plain = {name: plain_name(name) for name in names}
     for before in BEFORE:
         sources = {name: before + short for name, short in plain.items()}
         # T5 calls the embedding of its tokens otherwise where it is not shared with a decoder

@@ -84,7 +84,7 @@ class Conversion:
 def plan(
     path: Path,
     asked: str | None = None,
-    rest: Path | None = None,
+    base: ModelInfo | None = None,
     vae: Path | None = None,
     dtype: torch.dtype | None = None,
 ) -> Conversion:
@@ -92,14 +92,13 @@ def plan(
 
     Args:
         asked: which published model it is (`kinds.KINDS`), where the weights do not tell.
-        rest: a model folder that what is missing is taken from. vae: a file or folder of a VAE.
+        base: what is missing is taken from (`base_model`). vae: a file or folder of a VAE.
         dtype: of all weights; None leaves them as they are, and makes bfloat16 of those in 8 bits and fewer.
 
     Raises:
         ModelFolderError: for anything that cannot be converted; says what to do.
     """
     found = find(path, asked, vae)
-    base = _base(rest)
     parts = {part.component: part for part in recognise(whole_weights(found.weights, found.scales, dtype))}
     if found.vae is not None:
         whole = whole_weights(found.vae, None, dtype)
@@ -141,10 +140,9 @@ def _taken(base: ModelInfo | None, layout: Layout, needed: Sequence[str]) -> dic
     return {name: base.folder / name for name in needed if name in fits}
 
 
-def _base(rest: Path | None) -> ModelInfo | None:
-    if rest is None:
-        return None
-    base = inspect(rest)
+def base_model(folder: Path) -> ModelInfo:
+    """A model folder that something is taken from. Raises ModelFolderError where anything is wrong with it."""
+    base = inspect(folder)
     if base.problems:
         raise ModelFolderError("\n".join(base.problems))
     return base

@@ -55,8 +55,8 @@ NETWORK = {
     "mlp_ratio": 4.0,
 }
 """What differs from the tiny model of the tests: 64 channels and three blocks, of random weights."""
-SHAPES = ((64, 64, 9), (192, 192, 17), (320, 320, 17))
-"""Height, width and frames: 48, 720 and 2,000 tokens."""
+SHAPES = ((64, 64, 9), (192, 192, 17), (256, 256, 17))
+"""Height, width and frames: 48, 720 and 1,280 tokens."""
 CLIPS = ((64, 64, 9), (128, 128, 9))
 STEPS = 4
 

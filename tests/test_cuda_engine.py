@@ -25,7 +25,7 @@ from reelbatch.models.hunyuan_video.family import HunyuanVideo
 from reelbatch.models.hunyuan_video.text import TextEncoder
 from reelbatch.models.hunyuan_video.transformer import HunyuanVideoTransformer3DModel
 from reelbatch.models.hunyuan_video.vae import VideoDecoder
-from reelbatch.request import RequestDefaults
+from reelbatch.request import ModelLimits
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 FIELDS: dict[str, Any] = {"prompt": "a red cat", "height": 480, "width": 832, "frames": 17, "steps": 6}
@@ -46,7 +46,7 @@ def model_of(folder: Path, num_layers: int = 1, num_single_layers: int = 1) -> M
     )
     transformer_, vae, llama_, clip_ = (network.eval().requires_grad_(False) for network in networks)
     text = TextEncoder(llama_, tokenizer, clip_, tokenizer_2)
-    family = HunyuanVideo(transformer_, VideoDecoder(vae), text, 7.0, RequestDefaults(), CUDA)
+    family = HunyuanVideo(transformer_, VideoDecoder(vae), text, 7.0, ModelLimits(), CUDA)
     return Model("fake", folder, family, Precision.parse("bfloat16", CUDA), Placement(CUDA, "none", {}))
 
 

@@ -7,14 +7,18 @@ from typing import Any
 
 import PIL.Image
 import pytest
+import tiny
 import tiny15
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny15 import mixed, picture
 from torch import Tensor
 
 from reelbatch import VideoRequest
 from reelbatch.engine.engine import Engine
 from reelbatch.loading.model import Model
+from reelbatch.video import Video
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["guided", "meanflow"])
@@ -35,6 +39,53 @@ def test_every_video_of_a_mixed_batch_is_the_video_alone(model: Model, dtype: to
             assert video.frames_sha256 == alone.frames_sha256 == again.frames_sha256, request.prompt
     finally:
         family.transformer.to(torch.float32)
+
+
+WORDS = st.sampled_from([*tiny.WORDS[:12], '"go"', "“stop”", '"a" "b"', '""', "Straße", "夜"])
+PROMPTS = st.lists(WORDS, max_size=6).map(" ".join)
+IMAGES = st.builds(picture, st.integers(4, 90), st.integers(4, 90), st.integers(0, 3))
+SIZES = st.none() | st.tuples(st.sampled_from([16, 32, 48]), st.sampled_from([16, 32]))
+
+
+@st.composite
+def requests(draw: st.DrawFn, id: str) -> VideoRequest:
+    """Text to video, or image to video of an image of any shape, with a size or without."""
+    image, size = draw(st.none() | IMAGES), draw(SIZES)
+    return VideoRequest(
+        id=id,
+        prompt=draw(PROMPTS.filter(str.strip)),
+        negative_prompt=draw(st.none() | PROMPTS),
+        guidance=draw(st.sampled_from([None, 1.0, 2.5])),
+        seed=draw(st.integers(0, 2**32)),
+        frames=draw(st.sampled_from([1, 5, 9])),
+        steps=draw(st.integers(1, 3)),
+        image=image,
+        height=size[0] if size else None,
+        width=size[1] if size else None,
+    )
+
+
+@settings(max_examples=4, deadline=None)
+@given(data=st.data(), batch=st.integers(1, 3), order=st.permutations(range(3)), late=st.integers(0, 3))
+def test_any_batch_gives_every_request_the_bits_that_it_gives_alone(
+    model: Model, data: st.DataObject, batch: int, order: list[int], late: int
+) -> None:
+    """Sizes, prompts and images of any shape, in any order, some of them submitted while others run."""
+    asked = [data.draw(requests(str(number)), label=f"request {number}") for number in range(3)]
+    waiting = [asked[number] for number in order]
+    engine = Engine(model, max_batch_size=batch)
+    for request in waiting[late:]:
+        engine.submit(request)
+    videos = list(engine.step()) if late < 3 else []
+    for request in waiting[:late]:
+        engine.submit(request)
+    while engine.waiting or engine.running:
+        videos += engine.step()
+    together = {video.request.id: video.frames_sha256 for video in videos if isinstance(video, Video)}
+    for request in asked:
+        model.family.forget()
+        (alone,) = Engine(model).generate(request)
+        assert together[request.id] == alone.frames_sha256
 
 
 def test_packed_equals_exact_to_rounding(model: Model) -> None:

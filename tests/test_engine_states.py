@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from reelbatch import Video, VideoRequest
 from reelbatch.engine.engine import Cancelled, Engine, FailedRequests, Failure, Progress
 from reelbatch.engine.events import Event, Worked
-from reelbatch.engine.sample import draw_noise
 from reelbatch.engine.scheduler import Entry, Scheduler
 from reelbatch.loading.load import load
 from reelbatch.loading.model import Model
+from reelbatch.models.noise import draw_noise
 
 PHASES = ("text", "denoise", "decode", "done")
 

@@ -246,7 +246,7 @@ def test_all_problems_are_told_at_once(folder):
         ),
         (
             lambda f: ((f / "model_index.json").unlink(), (f / "mp_rank_00_model_states.pt").touch()),
-            "Tencent's own layout; reelbatch reads the Diffusers layout",
+            "Tencent's own layout; make a model folder of it",
         ),
         (lambda f: (f / "model_index.json").write_text("[]"), r"model_index\.json: is no JSON object"),
         (

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from PIL import ImageDraw
 from torch import Tensor
 
-from reelbatch.models.hunyuan_video15.images import ImageEncoder, fit, nearest_size
+from reelbatch.models.hunyuan_video15.images import ImageEncoder
 from reelbatch.models.hunyuan_video15.text import DEFAULT_TEMPLATE, TextEncoder, glyph_text
 from reelbatch.models.hunyuan_video15.vae import VideoDecoder
+from reelbatch.models.images import fit, nearest_size
 from reelbatch.models.prompts import PromptCutWarning, PromptTemplate
 
 PIPE = tiny15.pipeline()

@@ -19,7 +19,8 @@ from reelbatch.cli import app
 from reelbatch.engine.engine import Engine
 from reelbatch.loading.load import load
 from reelbatch.loading.lora import LoraError, convert_file, layer_widths, load_loras, parse_lora, save_lora
-from reelbatch.loading.parameter_names import to_diffusers, to_kohya
+from reelbatch.loading.lora_names import Lora, from_diffusers, to_diffusers
+from reelbatch.loading.parameter_names import HUNYUAN_VIDEO
 from reelbatch.models.hunyuan_video.transformer import HunyuanVideoTransformer3DModel
 from reelbatch.train.config import ConfigError, make_config
 from reelbatch.train.method import prepare_network, target_layers
@@ -171,9 +172,9 @@ def test_a_fused_lora_keeps_its_rank_there_and_back() -> None:
         f"{name}.alpha": torch.tensor(1.5),
     }
     widths = layer_widths(network())
-    ours = to_diffusers(file, widths)
+    ours = to_diffusers(file, widths, HUNYUAN_VIDEO).weights
     assert ours["transformer.single_transformer_blocks.0.proj_mlp.lora_B.weight"].shape == (64, 3)
-    back = to_kohya(ours, widths)
+    back = from_diffusers(Lora(ours, {}), widths, HUNYUAN_VIDEO, "kohya")
     assert back[f"{name}.lora_down.weight"].shape == (3, 32)
     torch.testing.assert_close(
         back[f"{name}.lora_up.weight"] * back[f"{name}.alpha"] / 3, file[f"{name}.lora_up.weight"] * 0.5
@@ -206,7 +207,7 @@ def test_tencents_names_are_read_as_diffusers_reads_them() -> None:
         for name, tensor in theirs.items()
         if name.endswith("lora_B.weight")
     }
-    ours = to_diffusers(file, widths)
+    ours = to_diffusers(file, widths, HUNYUAN_VIDEO).weights
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 

@@ -38,10 +38,11 @@ from reelbatch.loading.model import Model
 from reelbatch.loading.precision import Precision
 from reelbatch.memory.placement import Placement
 from reelbatch.models.hunyuan_video15.family import HunyuanVideo15
-from reelbatch.models.hunyuan_video15.images import ImageEncoder, nearest_size
+from reelbatch.models.hunyuan_video15.images import ImageEncoder
 from reelbatch.models.hunyuan_video15.text import TextEncoder
 from reelbatch.models.hunyuan_video15.transformer import HunyuanVideo15Transformer3DModel as Ours
 from reelbatch.models.hunyuan_video15.vae import VideoDecoder
+from reelbatch.models.images import nearest_size
 from reelbatch.request import ModelLimits, RequestDefaults
 
 TRANSFORMER: dict[str, Any] = {

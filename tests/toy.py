@@ -18,6 +18,7 @@ from reelbatch.loading.model import Model
 from reelbatch.loading.precision import Precision
 from reelbatch.memory.placement import Offload, Placement
 from reelbatch.models.family import Phase, SampleView
+from reelbatch.models.noise import draw_noise
 from reelbatch.request import ModelLimits, RequestDefaults, VideoRequest
 
 DIM = 24
@@ -110,6 +111,9 @@ class Toy:
         self.check("text", [request.width or 0])
         texts = [request.prompt, *([request.negative_prompt or ""] if request.uses_cfg else [])]
         return Letters(tuple(self.letters(text) for text in texts))
+
+    def first_latents(self, request: VideoRequest, conditioning: Letters) -> Tensor:
+        return draw_noise(request.seed, self.geometry.latent_shape(request))
 
     def stand_in(self, request: VideoRequest) -> Letters:
         return Letters(tuple(torch.empty(DIM) for _ in self.rows(request)))

@@ -29,6 +29,7 @@ class Geometry:
         spatial, temporal: pixels of a side, and frames, that become one of the latents; the first frame is one by
             itself.
         patch, temporal_patch: latent pixels of a side, and latent frames, that become one token.
+        hidden_frames: latent frames that are made besides, and whose frames, the video's first, are not shown.
     """
 
     channels: int
@@ -36,6 +37,7 @@ class Geometry:
     temporal: int
     patch: int = 1
     temporal_patch: int = 1
+    hidden_frames: int = 0
 
     @property
     def spatial_stride(self) -> int:
@@ -50,7 +52,8 @@ class Geometry:
     def latent_shape(self, request: VideoRequest) -> tuple[int, int, int, int]:
         """[channels, latent frames, height, width] of a request whose sizes are filled in."""
         height, width, frames = request.size
-        return self.channels, (frames - 1) // self.temporal + 1, height // self.spatial, width // self.spatial
+        latent_frames = (frames - 1) // self.temporal + 1 + self.hidden_frames
+        return self.channels, latent_frames, height // self.spatial, width // self.spatial
 
     def grid(self, latent_shape: tuple[int, ...]) -> Grid:
         """Patches of latents [channels, latent frames, height, width]."""

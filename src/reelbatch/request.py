@@ -84,7 +84,7 @@ class ModelLimits:
         temporal_stride: the number of frames is a multiple of it, plus 1 (the VAE's 4 times the temporal patch).
         attention_rules: gives the names of the rules that a request may ask for; None: they are not checked here.
         image_size: gives the height and width of a video whose first frame is an image of a height and width; None:
-            the model takes no images.
+            the model takes no images. image_required: whether it takes no request without one.
         guidance: whether a request's guidance is embedded, or is the scale of classifier-free guidance, which is then
             on by itself.
         tile_stride: the sides of the VAE's tiles are multiples of it, in pixels.
@@ -96,6 +96,7 @@ class ModelLimits:
     defaults: RequestDefaults = RequestDefaults()
     attention_rules: Callable[[], Sequence[str]] | None = None
     image_size: Callable[[int, int], tuple[int, int]] | None = None
+    image_required: bool = False
     guidance: Literal["embedded", "classifier-free"] = "embedded"
     tile_stride: int = TILE_STRIDE
     advice: Callable[[VideoRequest], str | None] | None = None
@@ -322,6 +323,8 @@ class VideoRequest(BaseModel):
         problems.append(_unknown_rule(self.attention_rule, limits))
         if self.image is not None and limits.image_size is None:
             problems.append(Problem("image", "image: this model makes videos from text alone, and takes none"))
+        if self.image is None and limits.image_required:
+            problems.append(Problem("image", "image is missing: this model's videos begin with one; give its path"))
         if any(problems):
             raise RequestError(problem for problem in problems if problem)
         update = filled | {name: value for name, value in rest.items() if getattr(self, name) is None}

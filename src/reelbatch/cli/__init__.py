@@ -6,10 +6,10 @@ import os
 import signal
 import sys
 
-from reelbatch.cli import generate, job, model_info, plan, train, tune  # in the order of --help
+from reelbatch.cli import generate, job, model_convert, model_info, plan, train, tune  # in the order of --help
 from reelbatch.cli.common import BAD_INPUT, INTERRUPTED, SOME_FAILED, app, console
 
-__all__ = ["app", "generate", "job", "main", "model_info", "plan", "train", "tune"]
+__all__ = ["app", "generate", "job", "main", "model_convert", "model_info", "plan", "train", "tune"]
 
 
 def main() -> None:

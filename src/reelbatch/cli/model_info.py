@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,21 +16,58 @@ if TYPE_CHECKING:
 
 @app.command()
 def model_info(
-    folder: Annotated[str, typer.Argument(help="A model folder, demo, or a hub id.")],
+    folder: Annotated[
+        str, typer.Argument(help="A model folder, demo, or a hub id; or a file or folder of another layout.")
+    ],
+    kind: Annotated[
+        str | None, typer.Option("--as", help="Which model a file of another layout is, as for convert.")
+    ] = None,
     device: Annotated[str, typer.Option(help="Where it should run: auto, cpu, cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
-    """Show what a model folder holds, what is wrong with it, and whether it can run here."""
+    """Show what a model folder holds, what is wrong with it, and whether it can run here.
+
+    Of files of weights, LoRA files, and folders as Tencent publishes them, it says what they are and how to use them.
+    """
+    from reelbatch.loading.checkpoints.layouts import is_foreign
     from reelbatch.loading.hub import resolve
     from reelbatch.loading.inspection import inspect
 
+    path = Path(folder).expanduser()
+    if folder != "demo" and is_foreign(path):
+        _explain(path, kind, as_json)
+        raise typer.Exit(SOME_FAILED)  # it does not run as it is
     info = inspect(resolve(folder))
     if as_json:
         typer.echo(json.dumps(_info_record(info, device, dtype)))
     else:
         _show_info(info, device, dtype)
     raise typer.Exit(SOME_FAILED if info.problems or not info.fits(device, dtype) else 0)
+
+
+def _explain(path: Path, kind: str | None, as_json: bool) -> None:
+    from reelbatch.loading.checkpoints.explain import explain
+
+    found = explain(path, kind)
+    if as_json:
+        typer.echo(json.dumps({**vars(found), "path": str(path)}))
+        return
+    answer = SafeConsole()
+    stored = ", ".join(f"{size / 2**20:.1f} MiB {dtype}" for dtype, size in found.stored_bytes.items())
+    lines = {
+        "what": found.about,
+        "layout": found.layout,
+        "holds": ", ".join(found.holds),
+        "parameters": f"{found.parameters:,}",
+        "stored as": stored,
+        "config": ", ".join(f"{name} {value}" for name, value in found.config.items()),
+        "lacks": "; ".join(f"{name} (from {source})" for name, source in found.missing.items()),
+    }
+    for name, value in lines.items():
+        if value:
+            answer.print(f"{name:<11} {value}", markup=False, highlight=False, soft_wrap=True)
+    answer.print(found.verdict, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -93,11 +93,14 @@ app.command(name="train")(_command())
 
 @app.command()
 def convert_lora(
-    source: Annotated[Path, typer.Argument(help="A LoRA file, in Diffusers', Tencent's or kohya's names.")],
+    source: Annotated[Path, typer.Argument(help="A LoRA file, in any of the names below, or of LyCORIS.")],
     to: Annotated[Path, typer.Argument(help="The file to write.")],
     names: Annotated[
-        Literal["diffusers", "kohya"],
-        typer.Option(help="diffusers: PEFT's names. kohya: those of musubi-tuner and ComfyUI."),
+        Literal["diffusers", "tencent", "kohya", "comfyui"],
+        typer.Option(
+            help="diffusers: PEFT's names. tencent: PEFT on Tencent's own layers. kohya: musubi-tuner's. comfyui: "
+            "ComfyUI's own layers; it alone also holds differences of whole weights (LoHa, LoKr, .diff)."
+        ),
     ],
     model: Annotated[str, typer.Option(help="The model that the LoRA is of: demo, a folder, or a hub id.")] = "demo",
 ) -> None:
@@ -109,12 +112,12 @@ def convert_lora(
     import torch
 
     from reelbatch.loading.hub import resolve
+    from reelbatch.loading.inspection import inspect
     from reelbatch.loading.lora import convert_file
-    from reelbatch.models.hunyuan_video.transformer import HunyuanVideoTransformer3DModel
 
-    folder = resolve(model)
+    info = inspect(resolve(model))
+    kind = info.layout.networks["transformer"]
     with torch.device("meta"):  # the shapes of its layers are enough
-        config = HunyuanVideoTransformer3DModel.load_config(str(folder / "transformer"))
-        network = HunyuanVideoTransformer3DModel.from_config(config)
+        network = kind.from_config(kind.load_config(str(info.folder / "transformer")))
     convert_file(source, to, names, network)
     say(f"written: {to}")

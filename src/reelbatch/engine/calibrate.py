@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 
 from reelbatch.device import choose_device, free_memory, held_bytes
-from reelbatch.loading.hub import DEMO_FOLDER, model_name
+from reelbatch.loading.hub import model_name, resolve_here
 from reelbatch.loading.identity import any_shape
 from reelbatch.loading.precision import Precision
 from reelbatch.loading.skeleton import from_folder
 from reelbatch.memory.calibration import CORRECTED, ESTIMATES, Calibration, CorrectedPhase, fit, store
-from reelbatch.memory.estimate import LONGEST_PROMPT, Estimator, margin
+from reelbatch.memory.estimate import LONGEST_PROMPT, Estimator, any_image, margin
 from reelbatch.request import ModelLimits, VideoRequest
 
 SIDES, FRAMES, STEPS = (128, 192, 256), (9, 17, 17), 2
@@ -36,7 +36,13 @@ def small_videos(limits: ModelLimits) -> list[VideoRequest]:
         for side, frames in zip(SIDES, FRAMES, strict=True)
     ]
     return [
-        VideoRequest(prompt=LONGEST_PROMPT, height=side, width=side, frames=frames, steps=STEPS, seed=0)
+        VideoRequest(
+            prompt=LONGEST_PROMPT,
+            seed=0,
+            steps=STEPS,
+            frames=frames,
+            **any_image(limits) | {"height": side, "width": side},
+        )
         for side, frames in sizes
     ]
 
@@ -108,7 +114,7 @@ def calibrate(model: str, *, device: str = "auto", dtype: str = "auto") -> Calib
         ValueError: for a model that is no folder here, and for a device that is not here.
         RuntimeError: if the process failed, with the end of what it said.
     """
-    folder = DEMO_FOLDER if model == "demo" else Path(model).expanduser()
+    folder = resolve_here(model)
     if not folder.is_dir():
         raise ValueError(f"model {model!r}: no such folder. Calibrating runs the model: give a model folder, or demo")
     chosen = choose_device(device)

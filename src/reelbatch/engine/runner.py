@@ -11,7 +11,7 @@ from torch import Tensor
 
 from reelbatch.engine import flow
 from reelbatch.engine.planner import Isolation, Planner
-from reelbatch.engine.sample import Sample, SavedState, draw_noise
+from reelbatch.engine.sample import Sample, SavedState
 from reelbatch.loading.model import Model
 from reelbatch.request import VideoRequest
 
@@ -32,7 +32,7 @@ class Runner:
         sample = Sample(
             request=request,
             conditioning=conditioning,
-            latents=draw_noise(request.seed, family.geometry.latent_shape(request)).to(device),
+            latents=family.first_latents(request, conditioning),
             schedule=flow.schedule(request.steps or 1, shift, device),
             rows=family.rows(request, conditioning),
             text_seconds=time.perf_counter() - started,

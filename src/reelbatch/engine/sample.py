@@ -5,28 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from reelbatch.engine.flow import Schedule
 from reelbatch.request import VideoRequest
-
-GENERATOR_BITS = 32
-"""Bits of a seed that PyTorch's CPU generator reads."""
-
-
-def draw_noise(seed: int, shape: tuple[int, ...]) -> Float[Tensor, "channels frames height width"]:
-    """The request's own noise, drawn on the CPU in fp32, so that a seed means the same on every device.
-
-    Seeds of 32 bits give PyTorch's noise, as in Diffusers. For that generator 5 and 5 + 2³² are one seed; noise of
-    larger seeds is drawn by NumPy's Philox, whose key has all 64 bits.
-    """
-    if seed >> GENERATOR_BITS == 0:
-        return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32)
-    generator = np.random.Generator(np.random.Philox(key=seed))
-    return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
 
 
 @dataclass(frozen=True)

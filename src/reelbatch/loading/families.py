@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from reelbatch.loading import hunyuan_video, hunyuan_video15
+from reelbatch.loading import hunyuan_video, hunyuan_video15, hunyuan_video_image
 from reelbatch.loading.layout import Layout
 from reelbatch.outside_json import read_object
 
 LAYOUTS: Mapping[str, Layout] = {
     "HunyuanVideoPipeline": hunyuan_video.LAYOUT,
+    "HunyuanVideoImageToVideoPipeline": hunyuan_video_image.HUNYUAN,
+    "HunyuanSkyreelsImageToVideoPipeline": hunyuan_video_image.SKYREELS,
     "HunyuanVideo15Pipeline": hunyuan_video15.TEXT,
     "HunyuanVideo15ImageToVideoPipeline": hunyuan_video15.IMAGE,
 }

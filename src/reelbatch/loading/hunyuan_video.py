@@ -106,7 +106,8 @@ class ClipTextConfig(Config):
 def _problems(configs: Configs) -> list[tuple[str, str]]:
     problems = []
     if kind := configs.get("transformer", {}).get("image_condition_type"):
-        text = f"is an image-to-video model (image_condition_type {kind}); reelbatch runs text to video"
+        text = f"is an image-to-video model (image_condition_type {kind}), and the model_index.json of such a folder "
+        text += "has _class_name HunyuanVideoImageToVideoPipeline; get the whole folder of one model"
         problems.append(("transformer/config.json", text))
     return problems + shared_problems(
         configs,
@@ -142,7 +143,7 @@ def _build(contents: Contents) -> HunyuanVideo:
         VideoDecoder(networks["vae"]),
         text,
         contents.flow_shift,
-        contents.limits.defaults,
+        contents.limits,
         contents.device,
     )
 

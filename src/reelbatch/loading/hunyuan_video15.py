@@ -38,11 +38,12 @@ from reelbatch.loading.layout import (
     with_defaults,
 )
 from reelbatch.models.hunyuan_video15.family import HunyuanVideo15
-from reelbatch.models.hunyuan_video15.images import ImageEncoder, nearest_size
+from reelbatch.models.hunyuan_video15.images import ImageEncoder
 from reelbatch.models.hunyuan_video15.text import DEFAULT_TEMPLATE, TextEncoder
 from reelbatch.models.hunyuan_video15.transformer import HunyuanVideo15Transformer3DModel
 from reelbatch.models.hunyuan_video15.vae import VideoDecoder
 from reelbatch.models.hunyuan_video15.variants import GuiderError, Variant, advice, defaults_of, guidance_of, variant_of
+from reelbatch.models.images import nearest_size
 from reelbatch.request import ModelLimits
 from reelbatch.wording import shown
 

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -36,6 +36,8 @@ class FolderProfile(BaseModel):
         about: a sentence for people.
         defaults: what requests get that leave something open.
         prompt_template: `template` and `crop_start`; None for HunyuanVideo's own.
+        guidance: what a request's guidance is (`ModelLimits`), where it is not what the pipeline has: HunyuanVideo's
+            own folders do not say that a transformer is SkyReels V1's.
         vocabulary: every word that the model knows; empty for a model that knows language.
     """
 
@@ -44,6 +46,7 @@ class FolderProfile(BaseModel):
     about: Annotated[str, Field(max_length=10_000)] = ""
     defaults: RequestDefaults = RequestDefaults()
     prompt_template: PromptTemplate | None = None
+    guidance: Literal["embedded", "classifier-free"] | None = None
     vocabulary: Annotated[tuple[Annotated[str, Field(max_length=200)], ...], Field(max_length=100_000)] = ()
 
     @field_validator("defaults", mode="before")
@@ -183,8 +186,9 @@ def _inspect(folder: Path) -> ModelInfo:
 
     profile, said = reader.profile()
     limits = layout.limits(configs, said)
+    limits = replace(limits, guidance=profile.guidance or limits.guidance)
     try:
-        VideoRequest(prompt="-", **vars(limits.defaults)).for_model(replace(limits, advice=None))
+        VideoRequest(prompt="-", **vars(limits.defaults)).for_model(replace(limits, advice=None, image_required=False))
     except RequestError as error:
         reader.problem("reelbatch.json", f"has defaults that the model cannot make: {error}")
     flow_shift = float(configs.get("scheduler", {}).get("shift", 1.0))
@@ -342,7 +346,9 @@ class _Reader:
 
 def _why_no_index(folder: Path) -> str:
     if any(_first(folder.rglob(pattern)) for pattern in ("mp_rank_00_model_states*.pt", "hunyuan-video-t2v*")):
-        return f"This looks like Tencent's own layout; reelbatch reads the Diffusers layout: get {REAL_MODEL}"
+        return (
+            f"This looks like Tencent's own layout; make a model folder of it (reelbatch convert), or get {REAL_MODEL}"
+        )
     if _first(folder.rglob("*.incomplete")):
         return "The download did not finish; run it again, it goes on where it stopped"
     return f"Give a model folder in the Diffusers layout, such as a download of {REAL_MODEL}"

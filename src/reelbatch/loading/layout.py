@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from reelbatch.loading.configs import Config
 from reelbatch.models.family import Family, Phase
@@ -23,8 +25,12 @@ CONFIG_FILES = {
     "scheduler": "scheduler_config.json",
     "guider": "guider_config.json",
     "feature_extractor": "preprocessor_config.json",
+    "image_processor": "preprocessor_config.json",
 }
 """Components that are a configuration alone, and the file that it is in."""
+PROCESSORS: Mapping[str, Any] = {"feature_extractor": SiglipImageProcessorPil, "image_processor": CLIPImageProcessorPil}
+"""Components that make images ready for a vision tower, and the class that each is loaded as: it gives the same numbers
+whether torchvision is here or not."""
 
 
 def config_file(component: str) -> str:

@@ -10,14 +10,13 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from reelbatch.device import choose_device
 from reelbatch.loading.configs import check_config, transformers_config
 from reelbatch.loading.hashing import weights_hash
 from reelbatch.loading.hub import ModelFolderError
 from reelbatch.loading.inspection import ModelInfo, inspect
-from reelbatch.loading.layout import Contents, config_file
+from reelbatch.loading.layout import PROCESSORS, Contents, config_file
 from reelbatch.loading.lora import check_loras, load_loras, lora_label, lora_record
 from reelbatch.loading.model import Model
 from reelbatch.loading.precision import Precision
@@ -158,14 +157,14 @@ def _load_tokenizers(info: ModelInfo, networks: dict[str, Any]) -> dict[str, Any
     tokenizers: dict[str, Any] = {}
     for name in ("tokenizer", "tokenizer_2"):
         tokenizers[name] = _load_tokenizer(info.folder / name, classes[name])
-        count = networks[name.replace("tokenizer", "text_encoder")].config.vocab_size
+        config = networks[name.replace("tokenizer", "text_encoder")].config
+        count = getattr(config, "text_config", config).vocab_size
         if (last := max(tokenizers[name].get_vocab().values(), default=0)) >= count:
             raise ModelFolderError(
                 f"{info.folder / name}: has a token {last}, and the text encoder has {count}: parts of two models"
             )
-    if "feature_extractor" in classes:
-        # the same numbers whether torchvision is here or not
-        tokenizers["feature_extractor"] = SiglipImageProcessorPil(**_checked_config(info, "feature_extractor"))
+    for name in classes.keys() & PROCESSORS.keys():
+        tokenizers[name] = PROCESSORS[name](**_checked_config(info, name))
     return tokenizers
 
 

@@ -1,4 +1,4 @@
-"""LoRA files: read, checked against the network, put beside its weights; written, in Diffusers' form or kohya's."""
+"""LoRA files: read, checked against the network, put beside its weights; written, in the form of any program."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from diffusers import HunyuanVideoPipeline
@@ -17,8 +17,21 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from reelbatch.loading.lora_settings import PREFIX, adapter_config, check_scale, for_peft
-from reelbatch.loading.parameter_names import to_diffusers, to_kohya
+from reelbatch.loading.lora_names import (
+    ALPHA,
+    BIAS,
+    DOWN,
+    MAGNITUDE,
+    PREFIX,
+    UP,
+    Form,
+    Lora,
+    from_diffusers,
+    not_of,
+    to_diffusers,
+)
+from reelbatch.loading.lora_settings import adapter_config, check_scale, for_peft
+from reelbatch.loading.parameter_names import names_of, other_than
 from reelbatch.loading.stored import FLOATS
 from reelbatch.wording import printable, shown_line
 
@@ -26,7 +39,7 @@ if TYPE_CHECKING:
     from reelbatch.models.hunyuan_video.transformer import HunyuanVideoTransformer3DModel
 
 SHOWN = 3
-SUFFIXES = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector", ".lora_B.bias")
+SUFFIXES = (DOWN, UP, MAGNITUDE, BIAS)
 LONGEST = 200
 """Characters of a weight's name in a message."""
 SMALL = 2**26
@@ -92,29 +105,42 @@ def _file_hash(path: Path, size: int, changed: int) -> str:
 def load_loras(transformer: HunyuanVideoTransformer3DModel, files: Sequence[tuple[str | Path, float]]) -> None:
     """Puts LoRAs beside the transformer's weights, each with its scale; all of them act together.
 
+    What a file adds to whole weights (differences, LoHa, LoKr) is added to the network's own, in fp32, one file after
+    the other.
+
     Args:
-        files: safetensors files in Diffusers', Tencent's or kohya's (musubi-tuner's) names, and their scales.
+        files: safetensors files in any of the names of `lora_names`, and their scales.
 
     Raises:
         LoraError: for a file that cannot be read, and for one whose weights are not those of this network; the network
             is then as it was.
     """
     read = [
-        (Path(path), _read(Path(path), transformer), _checked_scale(scale, f"--lora {path}")) for path, scale in files
+        (Path(path), *_read(Path(path), transformer), _checked_scale(scale, f"--lora {path}")) for path, scale in files
     ]
+    own = _parameters(transformer)  # by the names that they have without adapters
     names: list[str] = []
-    for path, (weights, config), _ in read:
+    scales: list[float] = []
+    for path, lora, config, scale in read:
+        if not lora.weights:
+            continue
         name = f"lora_{len(names)}"
         metadata = {f"{PREFIX}{key}": value for key, value in for_peft(config).items()}
         try:
-            transformer.load_lora_adapter(weights, prefix="transformer", adapter_name=name, metadata=metadata)
+            transformer.load_lora_adapter(lora.weights, prefix="transformer", adapter_name=name, metadata=metadata)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             if names:
                 transformer.delete_adapters(names)
             raise LoraError(f"{path}: cannot be put beside the network's weights ({error})") from error
         names.append(name)
+        scales.append(scale)
     if names:
-        transformer.set_adapters(names, [scale for *_, scale in read])
+        transformer.set_adapters(names, scales)
+    with torch.no_grad():
+        for _, lora, _, scale in read:
+            for name, difference in lora.differences.items():
+                own[name].copy_(own[name].float() + scale * difference.tensor().to(own[name].device, torch.float32))
+    if names:
         transformer.requires_grad_(False)
 
 
@@ -124,26 +150,47 @@ def check_loras(transformer: nn.Module, files: Sequence[tuple[str | Path, float]
         _read(Path(path), transformer)
 
 
-def _read(path: Path, transformer: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read(path: Path, transformer: nn.Module) -> tuple[Lora, dict[str, Any]]:
     """Checked weights under Diffusers' names, and PEFT's configuration (`adapter_config`)."""
-    weights, known = _read_file(path, transformer)
+    stored, known = _read_file(path, transformer)
+    names = names_of(transformer)
     try:
-        converted = to_diffusers(weights, layer_widths(transformer))
+        lora = to_diffusers(stored, layer_widths(transformer), names)
     except ValueError as error:
         raise LoraError(f"{path}: {shown_line(str(error), 1000)}") from None
-    if faults := _faults(converted, transformer):
+    weights = lora.weights
+    if faults := _faults(lora, transformer):
+        if made_for := _made_for_the_other(weights, transformer):
+            raise LoraError(f"{path}: {made_for}")
         more = f", and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
         raise LoraError(f"{path}: is no LoRA of this model: {'; '.join(faults[:SHOWN])}{more}")
-    ranks = {_layer(name): len(tensor) for name, tensor in converted.items() if name.endswith(SUFFIXES[0])}
-    dora, bias = (any(name.endswith(suffix) for name in converted) for suffix in SUFFIXES[2:])
+    ranks = {_layer(name): len(tensor) for name, tensor in weights.items() if name.endswith(DOWN)}
+    if not ranks:
+        return lora, {}
+    dora, bias = (any(name.endswith(suffix) for name in weights) for suffix in (MAGNITUDE, BIAS))
     if bias:  # PEFT would warn of those that are missing
         outputs = layer_widths(transformer)
-        absent = {f"{PREFIX}{layer}{SUFFIXES[3]}": layer for layer in ranks}
-        converted = {name: torch.zeros(outputs[layer]) for name, layer in absent.items()} | converted
+        absent = {f"{PREFIX}{layer}{BIAS}": layer for layer in ranks}
+        weights = {name: torch.zeros(outputs[layer]) for name, layer in absent.items()} | weights
     try:
-        return converted, adapter_config(known, ranks, dora=dora, bias=bias)
+        config = adapter_config(known, ranks, dora=dora, bias=bias, spelled=names.targets)
     except ValueError as error:
         raise LoraError(f"{path}: {error}") from None
+    return Lora(weights, lora.differences), config
+
+
+def _made_for_the_other(weights: Mapping[str, Tensor], transformer: nn.Module) -> str | None:
+    """Why a LoRA is one of the other model, where its shapes say so."""
+    names = names_of(transformer)
+    other, own = other_than(names), _layers(transformer)
+    for name, tensor in weights.items():
+        layer = name.removeprefix(PREFIX).removesuffix(DOWN)
+        takes_the_width = layer.endswith((".to_q", ".to_k", ".to_v", ".add_q_proj", ".add_k_proj", ".add_v_proj"))
+        if name.endswith(DOWN) and takes_the_width and tensor.ndim == 2:
+            width = tensor.shape[1]
+            if width == other.width and (layer not in own or own[layer][1] != width):
+                return not_of(names, other, f"{layer} has {width} inputs")
+    return None
 
 
 def _read_file(path: Path, transformer: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -157,7 +204,8 @@ def _read_file(path: Path, transformer: nn.Module) -> tuple[dict[str, Tensor], d
             count = sum(math.prod(part.get_shape()) for part in slices.values())
             if count > most:
                 raise LoraError(f"{path}: holds {count} numbers; a LoRA of this model has {most} at most")
-            if other := [name for name, part in slices.items() if part.get_dtype() not in FLOATS]:
+            numbers = [name for name in slices if not name.endswith(ALPHA)]  # an alpha may be a whole number
+            if other := [name for name in numbers if slices[name].get_dtype() not in FLOATS]:
                 raise LoraError(
                     f"{path}: holds {other[0]} in {slices[other[0]].get_dtype()}; weights are floating point"
                 )
@@ -176,12 +224,12 @@ def _layer(name: str) -> str:
     return name.removeprefix(PREFIX).removesuffix(suffix)
 
 
-def _faults(weights: Mapping[str, Tensor], transformer: nn.Module) -> list[str]:
+def _faults(lora: Lora, transformer: nn.Module) -> list[str]:
     """What in these weights does not fit the network."""
     faults: list[str] = []
-    layers = dict(_layers(transformer))
+    layers, parameters = dict(_layers(transformer)), _parameters(transformer)
     parts: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in weights.items():
+    for name, tensor in lora.weights.items():
         suffix = next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
         layer = name.removeprefix(PREFIX).removesuffix(suffix or "")
         if suffix is None:
@@ -191,6 +239,14 @@ def _faults(weights: Mapping[str, Tensor], transformer: nn.Module) -> list[str]:
             faults.append(f"unexpected {name[:LONGEST]}" + (f" (near: {near[0]})" if near else ""))
         else:
             parts.setdefault(layer, {})[suffix] = tensor
+    for name, difference in lora.differences.items():
+        if name not in parameters:
+            faults.append(f"unexpected difference of {name[:LONGEST]}")
+        elif tuple(parameters[name].shape) != difference.shape:
+            own = list(parameters[name].shape)
+            faults.append(f"the difference of {name} is of {list(difference.shape)}; the network's is {own}")
+        elif type(parameters[name].data) is not Tensor:
+            faults.append(f"{name} is stored in 8 bits, and differences are added to whole weights: leave int8 out")
     for layer, pair in parts.items():
         a, b = pair.get(SUFFIXES[0]), pair.get(SUFFIXES[1])
         if a is None or b is None:
@@ -209,7 +265,7 @@ def _faults(weights: Mapping[str, Tensor], transformer: nn.Module) -> list[str]:
     magnitudes = sum(SUFFIXES[2] in pair for pair in parts.values())
     if 0 < magnitudes < len(parts):
         faults.append(f"only {magnitudes} of {len(parts)} layers have a magnitude (DoRA)")
-    return faults or ([] if parts else ["there is no LoRA weight in it"])
+    return faults or ([] if parts or lora.differences else ["there is no LoRA weight in it"])
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -228,6 +284,15 @@ def _layers(transformer: nn.Module) -> dict[str, tuple[int, int, tuple[int, ...]
         elif isinstance(module, nn.Conv3d):
             sizes[name] = (module.out_channels, module.in_channels, tuple(module.kernel_size))
     return sizes
+
+
+def _parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
+    """The network's own parameters, by the names that they have without adapters."""
+    return {
+        name.replace(".base_layer.", "."): parameter
+        for name, parameter in transformer.named_parameters()
+        if ".lora_" not in name
+    }
 
 
 def layer_widths(transformer: nn.Module) -> dict[str, int]:
@@ -272,11 +337,10 @@ def save_lora(
     )
 
 
-def convert_file(source: Path, to: Path, form: str, transformer: nn.Module) -> None:
-    """Writes the LoRA in `source` to `to` under other names.
+def convert_file(source: Path, to: Path, form: Form | Literal["diffusers"], transformer: nn.Module) -> None:
+    """Writes the LoRA in `source` to `to` under other names (`lora_names`).
 
     Args:
-        form: "diffusers" or "kohya".
         transformer: the network it is for: fused layers are cut and joined by its widths.
 
     Raises:
@@ -284,20 +348,27 @@ def convert_file(source: Path, to: Path, form: str, transformer: nn.Module) -> N
     """
     from safetensors.torch import save_file
 
-    weights, config = _read(source, transformer)
+    lora, config = _read(source, transformer)
     if form == "diffusers":
+        if lora.differences:
+            raise LoraError(
+                f"{source}: changes {next(iter(lora.differences))} by more than a LoRA can; only comfyui's names have "
+                "a place for that"
+            )
         own = {f"{PREFIX}{name}": value for name, value in config.items()}
         metadata = json.dumps(own, indent=2, sort_keys=True)
-        save_file(weights, to, metadata={"format": "pt", LORA_ADAPTER_METADATA_KEY: metadata})
+        save_file(lora.weights, to, metadata={"format": "pt", LORA_ADAPTER_METADATA_KEY: metadata})
         return
     try:
-        converted = to_kohya(weights, layer_widths(transformer), _alphas(weights, config))
+        alphas = _alphas(lora.weights, config)
+        converted = from_diffusers(lora, layer_widths(transformer), names_of(transformer), form, alphas)
     except ValueError as error:
         raise LoraError(f"{source}: {error}") from None
-    ranks = {str(len(tensor)) for name, tensor in converted.items() if name.endswith("lora_down.weight")}
-    save_file(
-        converted, to, metadata={"format": "pt", "ss_network_module": "networks.lora", "ss_network_dim": max(ranks)}
-    )
+    notes = {"format": "pt"}
+    if form == "kohya":
+        ranks = {str(len(tensor)) for name, tensor in converted.items() if name.endswith("lora_down.weight")}
+        notes |= {"ss_network_module": "networks.lora", "ss_network_dim": max(ranks)}
+    save_file(converted, to, metadata=notes)
 
 
 def _alphas(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, float]:

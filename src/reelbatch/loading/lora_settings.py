@@ -10,16 +10,18 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Annotated, Any
 
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from reelbatch.loading.configs import validation_faults
+from reelbatch.loading.lora_names import PREFIX
+from reelbatch.loading.parameter_names import Target
 from reelbatch.outside_json import parse
 from reelbatch.wording import shown
 
-PREFIX = "transformer."
 MOST_METADATA = 4 * 2**20
 """Characters of metadata that are read."""
 LITERAL = re.compile(r"\^?(?P<name>[\w.\\-]{1,300})\$?")
@@ -60,11 +62,19 @@ class Settings(BaseModel):
     init_lora_weights: bool | Annotated[str, Field(max_length=60)] | None = None
 
 
-def adapter_config(metadata: Mapping[str, str], ranks: Mapping[str, int], *, dora: bool, bias: bool) -> dict[str, Any]:
+def adapter_config(
+    metadata: Mapping[str, str],
+    ranks: Mapping[str, int],
+    *,
+    dora: bool,
+    bias: bool,
+    spelled: Mapping[str, Target] = MappingProxyType({}),
+) -> dict[str, Any]:
     """PEFT's configuration for weights of these ranks, by layer, with the scales that the file's metadata says.
 
     Args:
         dora, bias: whether there are DoRA's magnitudes, and biases, among the weights.
+        spelled: the layers that a name in the metadata may stand for (`ParameterNames.targets`).
 
     Raises:
         ValueError: for metadata that cannot be used.
@@ -72,7 +82,8 @@ def adapter_config(metadata: Mapping[str, str], ranks: Mapping[str, int], *, dor
     own = _settings(metadata)
     alphas: dict[str, float] = dict(ranks)  # a scale of 1
     if own is not None:
-        known_ranks, known_alphas = _names(own.rank_pattern, "rank_pattern"), _names(own.alpha_pattern, "alpha_pattern")
+        known_ranks = _names(own.rank_pattern, "rank_pattern", spelled)
+        known_alphas = _names(own.alpha_pattern, "alpha_pattern", spelled)
         for layer, rank in ranks.items():
             said = _of_layer(known_ranks, layer, own.r)
             if said != rank:
@@ -127,6 +138,8 @@ def _settings(metadata: Mapping[str, str]) -> Settings | None:
     if not isinstance(content, dict):
         raise ValueError(f"its metadata ({LORA_ADAPTER_METADATA_KEY}) is no JSON object, but {shown(content)}")
     own = {name.removeprefix(PREFIX): value for name, value in content.items() if name.startswith(PREFIX)}
+    if not own and "lora_alpha" in content:
+        own = content  # of a network by itself, as Tencent's training of HunyuanVideo 1.5 saves it
     if not own:
         return None
     try:
@@ -144,7 +157,9 @@ def _settings(metadata: Mapping[str, str]) -> Settings | None:
     return settings
 
 
-def _names(patterns: Mapping[str, Any] | None, setting: str) -> dict[str, tuple[bool, Any]]:
+def _names(
+    patterns: Mapping[str, Any] | None, setting: str, spelled: Mapping[str, Target]
+) -> dict[str, tuple[bool, Any]]:
     """By the layer, or the end of layers, that a pattern names: whether it is a whole name, and the value."""
     names = {}
     for pattern, value in (patterns or {}).items():
@@ -155,7 +170,8 @@ def _names(patterns: Mapping[str, Any] | None, setting: str) -> dict[str, tuple[
                 f"its {setting} has {shown(pattern)}, which is no layer's name; regular expressions are not read: name "
                 "the layers one by one"
             )
-        names[name] = (pattern.startswith("^"), value)
+        layers = spelled[name].layers if name in spelled else (name,)
+        names.update(dict.fromkeys(layers, (pattern.startswith("^"), value)))
     return names
 
 

@@ -1,238 +1,230 @@
-"""Names of LoRA weights: Diffusers' (PEFT's), Tencent's, and kohya's (musubi-tuner), each in terms of the others.
+"""Names of layers in files of HunyuanVideo and 1.5: one table for checkpoints and LoRA files, read both ways.
 
-    diffusers   transformer.transformer_blocks.0.attn.to_q.lora_A.weight
-    tencent     diffusion_model.double_blocks.0.img_attn_qkv.lora_A.weight
-    kohya       lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight      and ….alpha
+    Tencent's     double_blocks.0.img_attn_qkv          also diffusion-pipe's, and of most single files
+    ComfyUI's     double_blocks.0.img_attn.qkv
+    Diffusers'    transformer_blocks.0.attn.to_q (…to_k, …to_v)
 
-Tencent's network computes queries, keys and values (and, in its single-stream blocks, the MLP's input) with one layer
-where Diffusers' has one each. One LoRA of the fused layer is several that share their A. In the other direction,
-several LoRAs become one of the sum of their ranks whose B has them on its diagonal, or of their own rank where they
-share their A.
+kohya's LoRA files (musubi-tuner) have the first or the second with underscores for dots, OneTrainer's and SimpleTuner's
+the third. Where one layer is several of Diffusers', they are its rows, in order. Sources: `process_unet_state_dict` of
+ComfyUI's comfy/supported_models.py, Diffusers' scripts/convert_hunyuan_video*_to_diffusers.py, and musubi-tuner's
+networks/convert_hunyuan_video_1_5_lora_to_comfy.py.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-PREFIXES = ("transformer.", "diffusion_model.", "base_model.model.")
+Style = Literal["tencent", "comfyui"]
+PREFIXES = ("model.diffusion_model.", "base_model.model.", "diffusion_model.", "transformer.")
+"""What may stand before a layer's name."""
 KOHYA = "lora_unet_"
-
-_DOUBLE = {
-    "img_mod.linear": ("norm1.linear",),
-    "txt_mod.linear": ("norm1_context.linear",),
-    "img_attn_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "txt_attn_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    "img_attn_proj": ("attn.to_out.0",),
-    "txt_attn_proj": ("attn.to_add_out",),
-    "img_mlp.fc1": ("ff.net.0.proj",),
-    "img_mlp.fc2": ("ff.net.2",),
-    "txt_mlp.fc1": ("ff_context.net.0.proj",),
-    "txt_mlp.fc2": ("ff_context.net.2",),
-}
-_SINGLE = {
-    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
-    "linear2": ("proj_out",),
-    "modulation.linear": ("norm.linear",),
-}
-_REFINER = {
-    "self_attn_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "self_attn_proj": ("attn.to_out.0",),
-    "mlp.fc1": ("ff.net.0.proj",),
-    "mlp.fc2": ("ff.net.2",),
-    "adaLN_modulation.1": ("norm_out.linear",),
-}
-_OTHER = {
-    "txt_in.input_embedder": "context_embedder.proj_in",
-    "txt_in.t_embedder.mlp.0": "context_embedder.time_text_embed.timestep_embedder.linear_1",
-    "txt_in.t_embedder.mlp.2": "context_embedder.time_text_embed.timestep_embedder.linear_2",
-    "txt_in.c_embedder.linear_1": "context_embedder.time_text_embed.text_embedder.linear_1",
-    "txt_in.c_embedder.linear_2": "context_embedder.time_text_embed.text_embedder.linear_2",
-    "time_in.mlp.0": "time_text_embed.timestep_embedder.linear_1",
-    "time_in.mlp.2": "time_text_embed.timestep_embedder.linear_2",
-    "guidance_in.mlp.0": "time_text_embed.guidance_embedder.linear_1",
-    "guidance_in.mlp.2": "time_text_embed.guidance_embedder.linear_2",
-    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
-    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
-    "final_layer.linear": "proj_out",
-}
-_STACKS = (
-    ("double_blocks", "transformer_blocks", _DOUBLE),
-    ("single_blocks", "single_transformer_blocks", _SINGLE),
-    ("txt_in.individual_token_refiner.blocks", "context_embedder.token_refiner.refiner_blocks", _REFINER),
-)
+UNDERSCORED_DIFFUSERS = ("lora_transformer_", "lycoris_", KOHYA)
+"""What OneTrainer, SimpleTuner and others begin names with that are Diffusers' with underscores for dots."""
 BLOCKS = 200
-"""More than any network of this family has of a kind: kohya's names are read by spelling all that there can be."""
+"""More than any network of this family has of a kind: names are read by spelling all that there can be."""
+
+
+class Target(NamedTuple):
+    """The layers of Diffusers' network that a layer of a file is.
+
+    Attributes:
+        layers: more than one are its rows, one after the other.
+        swapped: whether the two halves of its rows have the other order (shift and scale of the last modulation).
+    """
+
+    layers: tuple[str, ...]
+    swapped: bool = False
+
+
+class Row(NamedTuple):
+    """One layer in each of the spellings; an empty one where that spelling has it in another row."""
+
+    tencent: str
+    comfyui: str
+    layers: tuple[str, ...]
+    swapped: bool = False
+    also: str = ""
+    """A further spelling, which is read and not written."""
+
+
+def _row(tencent: str, comfyui: str, diffusers: str, swapped: bool = False, also: str = "") -> Row:
+    return Row(tencent, comfyui or tencent, tuple(diffusers.split()), swapped, also)
+
+
+_DOUBLE = (
+    _row("img_mod.linear", "img_mod.lin", "norm1.linear"),
+    _row("txt_mod.linear", "txt_mod.lin", "norm1_context.linear"),
+    _row("img_attn_q_norm", "img_attn.norm.query_norm", "attn.norm_q"),
+    _row("img_attn_k_norm", "img_attn.norm.key_norm", "attn.norm_k"),
+    _row("txt_attn_q_norm", "txt_attn.norm.query_norm", "attn.norm_added_q"),
+    _row("txt_attn_k_norm", "txt_attn.norm.key_norm", "attn.norm_added_k"),
+    _row("img_attn_proj", "img_attn.proj", "attn.to_out.0"),
+    _row("txt_attn_proj", "txt_attn.proj", "attn.to_add_out"),
+    _row("img_mlp.fc1", "img_mlp.0", "ff.net.0.proj"),
+    _row("img_mlp.fc2", "img_mlp.2", "ff.net.2"),
+    _row("txt_mlp.fc1", "txt_mlp.0", "ff_context.net.0.proj"),
+    _row("txt_mlp.fc2", "txt_mlp.2", "ff_context.net.2"),
+)
+_IMAGE_QKV, _TEXT_QKV = "attn.to_q attn.to_k attn.to_v", "attn.add_q_proj attn.add_k_proj attn.add_v_proj"
+_FUSED = (
+    _row("img_attn_qkv", "img_attn.qkv", _IMAGE_QKV),
+    _row("txt_attn_qkv", "txt_attn.qkv", _TEXT_QKV),
+)
+_SPLIT = (
+    *(
+        Row(f"{stream}_attn_{part}", "", (layer,))
+        for stream, layers in (("img", _IMAGE_QKV), ("txt", _TEXT_QKV))
+        for part, layer in zip("qkv", layers.split(), strict=True)
+    ),
+    Row("", "img_attn.qkv", tuple(_IMAGE_QKV.split()), also="img_attn_qkv"),
+    Row("", "txt_attn.qkv", tuple(_TEXT_QKV.split()), also="txt_attn_qkv"),
+)
+"""1.5: Tencent's files have three layers, ComfyUI's network (and files made for it) one."""
+_SINGLE = (
+    _row("linear1", "", "attn.to_q attn.to_k attn.to_v proj_mlp"),
+    _row("linear2", "", "proj_out"),
+    _row("modulation.linear", "modulation.lin", "norm.linear"),
+    _row("q_norm", "norm.query_norm", "attn.norm_q"),
+    _row("k_norm", "norm.key_norm", "attn.norm_k"),
+)
+_REFINER = (
+    _row("norm1", "", "norm1"),
+    _row("norm2", "", "norm2"),
+    _row("self_attn_qkv", "self_attn.qkv", "attn.to_q attn.to_k attn.to_v"),
+    _row("self_attn_proj", "self_attn.proj", "attn.to_out.0"),
+    _row("mlp.fc1", "mlp.0", "ff.net.0.proj"),
+    _row("mlp.fc2", "mlp.2", "ff.net.2"),
+    _row("adaLN_modulation.1", "", "norm_out.linear"),
+)
+
+
+def _embedder(tencent: str, diffusers: str) -> tuple[Row, Row]:
+    """The two layers of an embedding of a number."""
+    return (
+        _row(f"{tencent}.mlp.0", f"{tencent}.in_layer", f"{diffusers}.linear_1"),
+        _row(f"{tencent}.mlp.2", f"{tencent}.out_layer", f"{diffusers}.linear_2"),
+    )
+
+
+_TEXT_IN = "context_embedder.time_text_embed"
+_OTHER = (
+    _row("img_in.proj", "", "x_embedder.proj"),
+    _row("txt_in.input_embedder", "", "context_embedder.proj_in"),
+    *_embedder("txt_in.t_embedder", f"{_TEXT_IN}.timestep_embedder"),
+    _row("txt_in.c_embedder.linear_1", "txt_in.c_embedder.in_layer", f"{_TEXT_IN}.text_embedder.linear_1"),
+    _row("txt_in.c_embedder.linear_2", "txt_in.c_embedder.out_layer", f"{_TEXT_IN}.text_embedder.linear_2"),
+    _row("final_layer.linear", "", "proj_out"),
+    _row("final_layer.adaLN_modulation.1", "", "norm_out.linear", swapped=True),
+)
+_OTHER_10 = (
+    *_embedder("time_in", "time_text_embed.timestep_embedder"),
+    *_embedder("guidance_in", "time_text_embed.guidance_embedder"),
+    _row("vector_in.in_layer", "", "time_text_embed.text_embedder.linear_1"),
+    _row("vector_in.out_layer", "", "time_text_embed.text_embedder.linear_2"),
+)
+_OTHER_15 = (
+    *_embedder("time_in", "time_embed.timestep_embedder"),
+    *_embedder("time_r_in", "time_embed.timestep_embedder_r"),
+    _row("byt5_in.layernorm", "", "context_embedder_2.norm"),
+    *(_row(f"byt5_in.fc{number}", "", f"context_embedder_2.linear_{number}") for number in (1, 2, 3)),
+    _row("vision_in.proj.0", "", "image_embedder.norm_in"),
+    _row("vision_in.proj.1", "", "image_embedder.linear_1"),
+    _row("vision_in.proj.3", "", "image_embedder.linear_2"),
+    _row("vision_in.proj.4", "", "image_embedder.norm_out"),
+    _row("cond_type_embedding", "", "cond_type_embed"),
+)
+_REFINER_STACK = ("txt_in.individual_token_refiner.blocks", "context_embedder.token_refiner.refiner_blocks", _REFINER)
 
 
 @dataclass(frozen=True)
-class Pair:
-    """A LoRA of one layer: it adds `scale · up @ down`."""
+class ParameterNames:
+    """The names of one model's layers.
 
-    down: Tensor
-    """`[rank, in]`"""
-    up: Tensor
-    """`[out, rank]`"""
-    scale: float = 1.0
-
-
-def to_diffusers(weights: Mapping[str, Tensor], outputs: Mapping[str, int]) -> dict[str, Tensor]:
-    """The LoRA weights of a file under Diffusers' names ("transformer.….lora_A.weight"), any alpha folded into B.
-
-    Weights that have Diffusers' names already are given back as they are (no alpha is folded: theirs is in the file's
-    metadata, or is their rank).
-
-    Args:
-        outputs: width of the output of each layer of the network, by Diffusers' name; fused layers are cut by it.
-
-    Raises:
-        ValueError: for names or shapes of no layer of this network.
+    Attributes:
+        model: what to call it. width: of the published network, which tells whose a LoRA is when names do not.
+        stacks: of blocks: what they are called in Tencent's and ComfyUI's files, in Diffusers', and their layers.
     """
-    given, weights = len(weights), {_without_prefix(name): tensor for name, tensor in weights.items()}
-    if len(weights) < given:
-        raise ValueError(f"{given - len(weights)} weights are there twice, under names with another beginning")
-    kohya = any(name.startswith(KOHYA) for name in weights)
-    ours = not kohya and not any(re.match(r"(double|single)_blocks\.|txt_in\.", name) for name in weights)
-    if ours:
-        return {f"transformer.{name}": tensor for name, tensor in weights.items()}
-    renamed: dict[str, Tensor] = {}
-    for layer, pair in _pairs(weights).items():
-        targets = _diffusers_layers(layer)
-        if targets is None or any(target not in outputs for target in targets):
-            raise ValueError(f"there are weights for {_short(layer)}, which is no layer of this network")
-        widths = [outputs[target] for target in targets]
-        if sum(widths) != len(pair.up):
-            raise ValueError(f"the weights for {layer} give {len(pair.up)} outputs; this network has {sum(widths)}")
-        for target, up in zip(targets, pair.up.split(widths), strict=True):
-            renamed[f"transformer.{target}.lora_A.weight"] = pair.down.clone()
-            renamed[f"transformer.{target}.lora_B.weight"] = (up * pair.scale).contiguous()
-    return renamed
+
+    model: str
+    width: int
+    stacks: tuple[tuple[str, str, tuple[Row, ...]], ...]
+    others: tuple[Row, ...]
+
+    def _rows(self) -> Iterator[Row]:
+        """Every layer that there can be, its names in full."""
+        yield from self.others
+        for theirs, diffusers, rows in self.stacks:
+            for block in range(BLOCKS):
+                for row in rows:
+                    spelled = (name and f"{theirs}.{block}.{name}" for name in (row.tencent, row.comfyui, row.also))
+                    tencent, comfyui, also = spelled
+                    layers = tuple(f"{diffusers}.{block}.{layer}" for layer in row.layers)
+                    yield Row(tencent, comfyui, layers, row.swapped, also)
+
+    @cached_property
+    def targets(self) -> Mapping[str, Target]:
+        """By every name that a layer can have in a file, the prefixes of `PREFIXES` aside."""
+        targets: dict[str, Target] = {}
+        for row in self._rows():
+            target = Target(row.layers, row.swapped)
+            for name in filter(None, (row.tencent, row.comfyui, row.also)):
+                targets[name] = targets[KOHYA + name.replace(".", "_")] = target
+            for layer in row.layers:
+                own = Target((layer,))
+                targets[layer] = own
+                for prefix in UNDERSCORED_DIFFUSERS:
+                    targets[prefix + layer.replace(".", "_")] = own
+        return targets
+
+    def spelled(self, style: Style) -> Mapping[str, tuple[str, Target]]:
+        """The name in a style of the layer that one of Diffusers' is, or is rows of; and what that layer is."""
+        names: dict[str, tuple[str, Target]] = {}
+        for row in self._rows():
+            if name := getattr(row, style):
+                for layer in row.layers:
+                    names[layer] = (name, Target(row.layers, row.swapped))
+        return names
 
 
-def to_kohya(
-    weights: Mapping[str, Tensor], outputs: Mapping[str, int], alphas: Mapping[str, float] | None = None
-) -> dict[str, Tensor]:
-    """LoRA weights of Diffusers' names under kohya's, as musubi-tuner and ComfyUI read them, each with its alpha.
-
-    Args:
-        outputs: as for `to_diffusers`; the layers of a fused one that have no LoRA are zero in it.
-        alphas: of layers, by Diffusers' name; the others' alpha is their rank.
-
-    Raises:
-        ValueError: for weights that this form has no place for (DoRA's magnitudes, the convolution of the patches).
-    """
-    pairs = _pairs({_without_prefix(name): tensor for name, tensor in weights.items()})
-    groups: dict[str, dict[str, Pair]] = {}
-    for layer, pair in pairs.items():
-        if layer not in outputs or (fused := _tencent_layer(layer)) is None:
-            raise ValueError(f"there are weights for {layer}, which kohya's names have no place for")
-        rank = len(pair.down)
-        scale = pair.scale * (alphas or {}).get(layer, rank) / rank
-        groups.setdefault(fused, {})[layer] = Pair(pair.down, pair.up, scale)
-    renamed: dict[str, Tensor] = {}
-    for fused, parts in groups.items():
-        targets = _diffusers_layers(fused)
-        assert targets is not None
-        joined = _fuse(parts, targets, outputs)
-        name = KOHYA + fused.replace(".", "_")
-        renamed[f"{name}.lora_down.weight"], renamed[f"{name}.lora_up.weight"] = joined.down, joined.up
-        renamed[f"{name}.alpha"] = torch.tensor(joined.scale * len(joined.down))
-    return renamed
+HUNYUAN_VIDEO = ParameterNames(
+    "HunyuanVideo 1.0",
+    3072,
+    (
+        ("double_blocks", "transformer_blocks", _DOUBLE + _FUSED),
+        ("single_blocks", "single_transformer_blocks", _SINGLE),
+        _REFINER_STACK,
+    ),
+    _OTHER + _OTHER_10,
+)
+HUNYUAN_VIDEO_15 = ParameterNames(
+    "HunyuanVideo 1.5",
+    2048,
+    (("double_blocks", "transformer_blocks", _DOUBLE + _SPLIT), _REFINER_STACK),
+    _OTHER + _OTHER_15,
+)
 
 
-def _fuse(parts: Mapping[str, Pair], targets: Sequence[str], outputs: Mapping[str, int]) -> Pair:
-    parts = {target: parts[target] for target in targets if target in parts}  # A and B in one order
-    first = next(iter(parts.values()))
-    shared = all(torch.equal(pair.down, first.down) for pair in parts.values())
-    down = first.down if shared else torch.cat([pair.down for pair in parts.values()])
-    up = first.up.new_zeros(sum(outputs[target] for target in targets), len(down))
-    row = column = 0
-    for target in targets:
-        if pair := parts.get(target):
-            rank = len(pair.down)
-            begin = 0 if shared else column
-            up[row : row + len(pair.up), begin : begin + rank] = pair.up * (pair.scale / first.scale)
-            column += rank
-        row += outputs[target]
-    return Pair(down.contiguous(), up.contiguous(), first.scale)
+def names_of(transformer: nn.Module) -> ParameterNames:
+    """The names of a network's layers."""
+    return HUNYUAN_VIDEO_15 if hasattr(transformer, "cond_type_embed") else HUNYUAN_VIDEO
 
 
-def _pairs(weights: Mapping[str, Tensor]) -> dict[str, Pair]:
-    """The A, B and scale of each layer, whatever A and B are called."""
-    downs: dict[str, Tensor] = {}
-    ups: dict[str, Tensor] = {}
-    alphas: dict[str, float] = {}
-    for name, tensor in weights.items():
-        layer, _, kind = name.partition(".lora_") if ".lora_" in name else name.rpartition(".")
-        layer = _kohya_layers().get(layer, layer)
-        if kind in ("A.weight", "down.weight"):
-            downs[layer] = tensor
-        elif kind in ("B.weight", "up.weight"):
-            ups[layer] = tensor
-        elif kind == "alpha":
-            if tensor.numel() != 1 or not tensor.isfinite().all():
-                raise ValueError(f"{_short(name)} must be one finite number, and is {list(tensor.shape)}")
-            alphas[layer] = float(tensor)
-        else:
-            raise ValueError(
-                f"{_short(name)!r} is none of lora_A.weight, lora_B.weight, lora_down.weight, lora_up.weight, alpha"
-            )
-    if alone := sorted(downs.keys() ^ ups.keys()):
-        raise ValueError(f"of {_short(alone[0])} there is only one of the two matrices of a LoRA")
-    for layer, down in downs.items():
-        if down.ndim != 2 or ups[layer].ndim != 2 or len(down) != ups[layer].shape[1] or len(down) == 0:
-            raise ValueError(
-                f"the matrices of {_short(layer)} are {list(down.shape)} and {list(ups[layer].shape)}; no LoRA is"
-            )
-    return {layer: Pair(down, ups[layer], alphas.get(layer, len(down)) / len(down)) for layer, down in downs.items()}
+def other_than(names: ParameterNames) -> ParameterNames:
+    return HUNYUAN_VIDEO if names is HUNYUAN_VIDEO_15 else HUNYUAN_VIDEO_15
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= 200 else f"{name[:197]}..."
-
-
-def _without_prefix(name: str) -> str:
+def without_prefix(name: str) -> str:
     for prefix in PREFIXES:
         name = name.removeprefix(prefix)
     return name
 
 
-def _kohya_layers() -> dict[str, str]:
-    """Tencent's layers by kohya's names: dots became underscores, which the names have besides."""
-    if not _KOHYA_LAYERS:
-        layers = [
-            *_OTHER,
-            *(f"{stack}.{i}.{part}" for stack, _, parts in _STACKS for i in range(BLOCKS) for part in parts),
-        ]
-        _KOHYA_LAYERS.update({KOHYA + layer.replace(".", "_"): layer for layer in layers})
-    return _KOHYA_LAYERS
-
-
-_KOHYA_LAYERS: dict[str, str] = {}
-
-
-def _diffusers_layers(layer: str) -> tuple[str, ...] | None:
-    """The layers of Diffusers' network that one of Tencent's is."""
-    if layer in _OTHER:
-        return (_OTHER[layer],)
-    for stack, theirs, parts in _STACKS:
-        if match := re.fullmatch(rf"{re.escape(stack)}\.(\d+)\.(.+)", layer):
-            number, part = match.groups()
-            return tuple(f"{theirs}.{number}.{name}" for name in parts[part]) if part in parts else None
-    return None
-
-
-def _tencent_layer(layer: str) -> str | None:
-    """The layer of Tencent's network that one of Diffusers' is, or is a part of."""
-    for ours, theirs in _OTHER.items():
-        if theirs == layer:
-            return ours
-    for stack, theirs, parts in _STACKS:
-        if match := re.fullmatch(rf"{re.escape(theirs)}\.(\d+)\.(.+)", layer):
-            number, name = match.groups()
-            return next((f"{stack}.{number}.{part}" for part, names in parts.items() if name in names), None)
-    return None
+def swap_halves(rows: Tensor) -> Tensor:
+    """The second half of the rows before the first."""
+    return torch.cat(rows.chunk(2)[::-1])

@@ -21,7 +21,15 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 )
 PARTS = ("transformer", "vae", "text")
 INT8 = "int8"
-NOT_CONVERTED = ("x_embedder", "context_embedder", "image_embedder", "time_text_embed", "time_embed", "norm_out")
+NOT_CONVERTED = (
+    "x_embedder",
+    "context_embedder",
+    "context_embedder_2",
+    "image_embedder",
+    "time_text_embed",
+    "time_embed",
+    "norm_out",
+)
 """Parts of the transformer before and after its blocks: small, and all that follows hangs on them."""
 HOW = (
     "give auto, float32, bfloat16 or float16 for all, int8 for 8-bit transformer weights, or say it part by part as in "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from reelbatch.loading import hunyuan_video
 from reelbatch.loading.configs import Config, build, check_config
 from reelbatch.loading.inspection import inspect
-from reelbatch.loading.layout import Contents, Layout
+from reelbatch.loading.layout import PROCESSORS, Contents, Layout
 from reelbatch.loading.precision import NOT_CONVERTED, Precision
 from reelbatch.models.family import Family
 from reelbatch.models.prompts import PromptTemplate
@@ -48,7 +48,8 @@ HUNYUANVIDEO: Mapping[str, Mapping[str, Any]] = {
 
 def hunyuanvideo_13b(precision: Precision, device: torch.device) -> Family:
     """HunyuanVideo as it was published, from the configurations in the code."""
-    return _family(hunyuan_video.LAYOUT, HUNYUANVIDEO, precision, device, ModelLimits(), 7.0, None)
+    layout = hunyuan_video.LAYOUT
+    return _family(layout, HUNYUANVIDEO, precision, device, layout.limits(HUNYUANVIDEO, {}), 7.0, None)
 
 
 def from_folder(folder: Path, precision: Precision, device: torch.device) -> Family:
@@ -90,11 +91,13 @@ def _family(
         _to_int8(networks["transformer"])
     for name, network in networks.items():
         _fake_weights(network.eval(), precision.of(name), where)
-    letters: Any = _LetterTokenizer()
+    letters: Any = _LetterTokenizer(getattr(networks["text_encoder"].config, "image_token_id", 0))
     tokenizers: dict[str, Any] = {"tokenizer": letters, "tokenizer_2": letters}
-    if "image_encoder" in networks:
-        side = networks["image_encoder"].config.image_size
-        tokenizers["feature_extractor"] = SiglipImageProcessorPil(size={"height": side, "width": side})
+    for name in layout.classes.keys() & PROCESSORS.keys():
+        vision = networks.get("image_encoder", networks["text_encoder"]).config
+        side = getattr(vision, "vision_config", vision).image_size
+        square = {"height": side, "width": side}
+        tokenizers[name] = PROCESSORS[name](size=square, crop_size=square)
     return layout.build(Contents(networks, tokenizers, template, limits, flow_shift, where))
 
 
@@ -141,10 +144,17 @@ def _to_int8(transformer: nn.Module) -> None:
 
 
 class _LetterTokenizer:
-    """A token for each letter: as good as any where nothing has values."""
+    """A token for each letter: as good as any where nothing has values. An image's mark is one, and has its own."""
 
     is_fast = True
 
+    def __init__(self, image_token: int) -> None:
+        self._image_token = image_token
+
     def __call__(self, text: str, max_length: int | None = None, **_: object) -> SimpleNamespace:
-        letters = range(len(text))[:max_length]
-        return SimpleNamespace(input_ids=[0 for _ in letters], offset_mapping=[(i, i + 1) for i in letters])
+        marks = [match.span() for match in re.finditer("<image>|.", text, re.DOTALL)][:max_length]
+        ids = [self._image_token if end - start > 1 else 0 for start, end in marks]
+        return SimpleNamespace(input_ids=ids, offset_mapping=marks)
+
+    def convert_tokens_to_ids(self, token: str) -> None:
+        """It has no other marks."""

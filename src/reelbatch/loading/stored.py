@@ -19,9 +19,12 @@ MOST_HEADER_BYTES = 100_000_000
 """What the safetensors library reads at most."""
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 """Dtypes of weights that are numbers as they are, with no scale that belongs to them."""
-PREFIXES = ("model.", "text_model.", "vision_model.")
-"""Before the names of an encoder that was stored as a part of a larger network, or by an earlier transformers."""
-UNUSED = re.compile(r"lm_head\.weight|(.+\.)?position_ids|(.+\.)?rotary_emb\.inv_freq")
+PREFIXES = re.compile(
+    r"(?:model\.)?((?:language_model|vision_tower)\.)?(?:model\.)?(?:text_model\.)?(?:vision_model\.)?"
+)
+"""Before the names of an encoder that was stored as a part of a larger network, or by an earlier transformers; what is
+in the group stays."""
+UNUSED = re.compile(r"(language_model\.)?lm_head\.weight|(.+\.)?position_ids|(.+\.)?rotary_emb\.inv_freq")
 """Stored beside encoders, and not of their weights: the head for next words, and numbers computed from the
 configuration, which earlier versions of transformers stored."""
 SHOWN = 3
@@ -83,10 +86,12 @@ def _damaged(error: Exception) -> ValueError:
 
 def differences(stored: Mapping[str, StoredTensor], network: nn.Module) -> list[str]:
     """What keeps stored weights from being those of a network: names, shapes, dtypes."""
-    tower = isinstance(network, PreTrainedModel)
-    weights = {_plain(name, tower): weight for name, weight in network.state_dict(keep_vars=True).items()}
+    weights = network.state_dict(keep_vars=True)
+    plain = dict(stored)
+    if isinstance(network, PreTrainedModel):
+        weights = {plain_name(name): weight for name, weight in weights.items()}
+        plain = {plain_name(name): tensor for name, tensor in stored.items() if not UNUSED.fullmatch(name)}
     own = {name: tuple(weight.shape) for name, weight in weights.items()}
-    plain = {_plain(name, tower): tensor for name, tensor in stored.items() if not (tower and UNUSED.fullmatch(name))}
     faults = []
     there = {id(weights[name]) for name in own.keys() & plain.keys()}  # a weight of two names is stored by one of them
     if missing := sorted(name for name, weight in weights.items() if id(weight) not in there):
@@ -110,10 +115,9 @@ def differences(stored: Mapping[str, StoredTensor], network: nn.Module) -> list[
     return faults
 
 
-def _plain(name: str, tower: bool) -> str:
-    for prefix in PREFIXES if tower else ():
-        name = name.removeprefix(prefix)
-    return name
+def plain_name(name: str) -> str:
+    """An encoder's weight by the name that it has in the encoder itself."""
+    return PREFIXES.sub(r"\1", name, count=1)
 
 
 def _listed(names: Iterable[str]) -> str:

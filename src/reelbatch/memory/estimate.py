@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 from warnings import catch_warnings, simplefilter
 
 import torch
@@ -21,7 +21,7 @@ from reelbatch.image import blank
 from reelbatch.memory.placement import Offload
 from reelbatch.memory.streaming import network_bytes, streamed_bytes
 from reelbatch.models.family import PHASES, Family, Phase
-from reelbatch.request import VideoRequest
+from reelbatch.request import ModelLimits, VideoRequest
 from reelbatch.tracing import peak_bytes
 
 LONGEST_PROMPT = "a " * 2048
@@ -233,6 +233,13 @@ class Estimator:
 
     def _float(self, value: float) -> Tensor:
         return torch.tensor(value, device=self._where)
+
+
+def any_image(limits: ModelLimits) -> dict[str, Any]:
+    """Fields of a request that stands for others, of models that make no video without an image."""
+    if not limits.image_required:
+        return {}
+    return {"image": blank(), "height": limits.defaults.height, "width": limits.defaults.width}
 
 
 def _alike(request: VideoRequest) -> VideoRequest:

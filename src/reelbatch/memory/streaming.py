@@ -77,6 +77,12 @@ class DiskGroup(ModuleGroup):
         return [t for t in self.tensor_to_key if isinstance(t, nn.Parameter) and t.is_floating_point()]
 
 
+def nested_parts(network: nn.Module) -> tuple[str, ...]:
+    """Names of the networks within a network that have blocks of their own, and of what is entered beside them, as
+    Diffusers' group offload reads them too; most networks have none."""
+    return tuple(getattr(network, "_group_offload_block_modules", None) or ())
+
+
 def stream(network: nn.Module, device: torch.device, folder: Path | None, prefetch: bool = True) -> None:
     """Makes a network's weights wait elsewhere; a block's come to `device` for as long as it works.
 
@@ -85,14 +91,16 @@ def stream(network: nn.Module, device: torch.device, folder: Path | None, prefet
         folder: an empty one for weights that wait on disk; None: they wait in the CPU's memory.
         prefetch: on CUDA, whether the next block's weights come while one works.
     """
+    nested = nested_parts(network)
     apply_group_offloading(
         network,
         onload_device=device,
         offload_device=CPU,
         offload_type="block_level",
         num_blocks_per_group=1,
-        # 8-bit weights are tensors of a kind of their own, which Diffusers moves in the main stream only safely
-        use_stream=prefetch and device.type == "cuda" and not getattr(network, "is_quantized", False),
+        # 8-bit weights are tensors of a kind of their own, which Diffusers moves in the main stream only safely; and a
+        # network within another may be left out of a forward, which its prefetching does not expect
+        use_stream=prefetch and device.type == "cuda" and not nested and not getattr(network, "is_quantized", False),
         offload_to_disk_path=None if folder is None else str(folder),
     )
     for group in groups_of(network):
@@ -122,9 +130,19 @@ def groups_of(network: nn.Module) -> list[Any]:
 def streamed_bytes(network: nn.Module) -> int:
     """The most that a network's weights take on the device when they come block by block: what is outside of blocks, a
     block, and the one that follows."""
-    lists = [child for child in network.children() if isinstance(child, nn.ModuleList)]
-    blocks = [network_bytes(block) for child in lists for block in child]
+    blocks = [network_bytes(block) for block in _blocks(network, frozenset(nested_parts(network)))]
     return network_bytes(network) - sum(blocks) + sum(sorted(blocks)[-2:])
+
+
+def _blocks(network: nn.Module, nested: frozenset[str]) -> Iterator[nn.Module]:
+    """What comes and leaves by itself."""
+    for name, child in network.named_children():
+        if isinstance(child, nn.ModuleList):
+            yield from child
+        elif name in nested:
+            if next(child.children(), None) is None:
+                yield child
+            yield from _blocks(child, nested)
 
 
 def network_bytes(module: nn.Module) -> int:

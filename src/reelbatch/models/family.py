@@ -83,6 +83,10 @@ class Family(Protocol):
     def encode(self, request: VideoRequest) -> Conditioning:
         """Texts (and images) of one request, alone and at true length; on the parts' device."""
 
+    def first_latents(self, request: VideoRequest, conditioning: Any) -> Float[Tensor, "channels frames height width"]:
+        """Latents before the first step, of the noise of the request's seed (`models.noise`); fp32, on the model's
+        device."""
+
     def stand_in(self, request: VideoRequest) -> Conditioning:
         """Conditioning of the most rows that `encode` can give for this request, its values undefined: for estimates
         of memory."""

@@ -97,13 +97,7 @@ class PromptStates:
         pad_linears(model)  # a prompt of few tokens behind the cached prefix is a small product
         self.model, self.tokenizer, self.template = model, tokenizer, template
         self.crop_start, self.max_tokens = crop_start, max_tokens
-        empty = tokenizer(template.template.format("")).input_ids
-        if crop_start > len(empty):
-            raise ValueError(
-                f"the prompt template is {len(empty)} tokens long for this tokenizer, but crop_start is {crop_start}: "
-                "the crop would take the prompt as well. Give the template and crop_start that this model was made with"
-            )
-        self.prefix_ids: list[int] = empty[:crop_start]
+        self.prefix_ids = expect_tokens(tokenizer, template, crop_start)
         self._prefix = cached(1)(self._prefix_keys_values)
         self._kept = cached(cache_size)(self._encode)
 
@@ -153,6 +147,21 @@ class PromptStates:
         cache = DynamicCache(config=self.model.config)
         self._states(self.prefix_ids, cache)
         return tuple((layer.keys, layer.values) for layer in cache.layers)
+
+
+def expect_tokens(tokenizer: Any, template: PromptTemplate, crop_start: int) -> list[int]:
+    """The token ids of a template that are cropped from every prompt.
+
+    Raises:
+        ValueError: if the template is shorter than that.
+    """
+    empty: list[int] = tokenizer(template.template.format("")).input_ids
+    if crop_start > len(empty):
+        raise ValueError(
+            f"the prompt template is {len(empty)} tokens long for this tokenizer, but crop_start is {crop_start}: the "
+            "crop would take the prompt as well. Give the template and crop_start that this model was made with"
+        )
+    return empty[:crop_start]
 
 
 def tokenize(tokenizer: Any, text: str, max_length: int) -> tuple[list[int], str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +73,13 @@ def trim_heap_before(upsampler: torch.nn.Module, growth: int) -> None:
     upsampler.register_forward_pre_hook(trim)
 
 
+class Posterior(NamedTuple):
+    """Normal distributions of the latents of one frame."""
+
+    mean: Float[Tensor, "channels h w"]
+    std: Float[Tensor, "channels h w"]
+
+
 class SampleDecoder(ABC):
     """Decodes and encodes one sample at a time. Several threads may decode at once: nothing is kept between calls.
 
@@ -128,6 +135,23 @@ class SampleDecoder(ABC):
         view = self._tiled(self._side(*frames.shape[:3]))
         latents = view.encode(video.contiguous()).latent_dist.mean[0]
         return (latents.float() * vae.config.scaling_factor).cpu()
+
+    def encode_image(self, image: Float[Tensor, "3 height width"]) -> Float[Tensor, "channels h w"]:
+        """Latents of one frame, in fp32 on the VAE's device, scaled as the transformer sees them: the mode of the
+        posterior, so that they hang on no seed.
+
+        Args:
+            image: values from -1 to 1, height and width multiples of the VAE's stride.
+        """
+        return self.image_posterior(image).mean * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def image_posterior(self, image: Float[Tensor, "3 height width"]) -> Posterior:
+        """What the VAE says of one frame, in fp32 on its device, not scaled; `image` as of `encode_image`."""
+        view = self._tiled(self._side(1, *image.shape[1:]))
+        video = image.to(self._device, self.vae.dtype)[None, :, None]
+        latents = view.encode(video.contiguous()).latent_dist
+        return Posterior(latents.mean[0, :, 0].float(), latents.std[0, :, 0].float())
 
     @property
     def settings(self) -> str:

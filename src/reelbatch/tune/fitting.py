@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from reelbatch.loading.precision import Precision
 from reelbatch.memory.cards import BY_SIZE, Card, card
+from reelbatch.memory.estimate import any_image
 from reelbatch.memory.placement import Offload, offloads
 from reelbatch.request import VideoRequest
 from reelbatch.tune.setup import LARGEST_BATCH, Planned, Setup
@@ -59,9 +60,10 @@ def rows(
     precisions = {name: Precision.parse(name, model.device) for name in dtypes}
     for one in map(card, names):
         for width, height, frames in shapes:
-            request = VideoRequest(prompt="-", width=width, height=height, frames=frames)
+            size = {"width": width, "height": height, "frames": frames}
             for dtype, precision in precisions.items():
-                request = request.for_model(model.family(precision).limits)
+                limits = model.family(precision).limits
+                request = VideoRequest(prompt="-", **any_image(limits) | size).for_model(limits)
                 offload, batch, peak = _quickest(Setup(model, request, 1, precision), one.usable)
                 yield Row(one, width, height, frames, dtype, offload, batch, peak)
 

@@ -10,17 +10,18 @@ import torch
 
 from reelbatch.device import choose_device, device_memory_bytes, gibibytes, held_bytes
 from reelbatch.engine.planner import Isolation
+from reelbatch.loading.hub import resolve_here
 from reelbatch.loading.identity import any_shape
 from reelbatch.loading.precision import Precision
 from reelbatch.memory.calibration import Stored, find
 from reelbatch.memory.cards import Card, card
-from reelbatch.memory.estimate import Plan, how_far_off, margin
+from reelbatch.memory.estimate import Plan, any_image, how_far_off, margin
 from reelbatch.memory.placement import Offload
 from reelbatch.models.family import Phase
 from reelbatch.request import VideoRequest
 from reelbatch.tune.reliefs import Outcome, outcomes
 from reelbatch.tune.remedies import Remedy, remedies
-from reelbatch.tune.setup import PLAIN_13B, Planned, Setup, model_folder, open_model
+from reelbatch.tune.setup import PLAIN_13B, Planned, Setup, open_model
 
 PHASES: Mapping[Phase, str] = {"text": "text encoding", "step": "a denoising step", "decode": "decoding"}
 CUDA = torch.device("cuda")
@@ -173,8 +174,11 @@ def answer(
     precision = Precision.parse(chosen.dtype if chosen and dtype == "auto" else dtype, where)
     planned = open_model(model, where)
     guided: dict[str, Any] = {"negative_prompt": "", "true_cfg": 2.0} if cfg else {}
-    request = VideoRequest(prompt="-", height=height, width=width, frames=frames, vae_tiling=vae_tiling, **guided)
-    request = request.for_model(planned.family(precision).limits)
+    limits = planned.family(precision).limits
+    size = {name: value for name, value in (("height", height), ("width", width)) if value is not None}
+    request = VideoRequest(
+        prompt="-", frames=frames, vae_tiling=vae_tiling, **guided, **any_image(limits) | size
+    ).for_model(limits)
     held = held_bytes("cpu") if where.type == "cpu" else 0
     known, refused = Stored() if chosen else _stored(model, planned, device, precision)
     setup = Setup(planned, request, batch_size, precision, isolation, offload, held=held, calibration=known)
@@ -205,7 +209,7 @@ def _stored(model: str, planned: Planned, device: str, precision: Precision) -> 
         choose_device(device)
     except ValueError:
         return Stored()
-    return find(any_shape(model_folder(model), planned.name, planned.device, precision))
+    return find(any_shape(resolve_here(model), planned.name, planned.device, precision))
 
 
 def _device(device: str, max_memory: int | None) -> torch.device:

@@ -6,12 +6,11 @@ from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 
 from reelbatch.engine.planner import Isolation
-from reelbatch.loading.hub import DEMO_FOLDER, REAL_MODEL, model_name
+from reelbatch.loading.hub import REAL_MODEL, model_name, resolve_here
 from reelbatch.loading.precision import Precision
 from reelbatch.loading.skeleton import from_folder, hunyuanvideo_13b
 from reelbatch.memory.calibration import Calibration
@@ -93,7 +92,7 @@ def open_model(model: str, device: torch.device) -> Planned:
     """
     if model.lower() in PLAIN_13B:
         return _plain_13b(device)
-    folder = model_folder(model)
+    folder = resolve_here(model)
     if not folder.is_dir():
         raise ValueError(
             f"model {model!r}: no such folder. A plan downloads nothing: give a model folder, demo, or {PLAIN_13B[0]}"
@@ -104,7 +103,3 @@ def open_model(model: str, device: torch.device) -> Planned:
 @lru_cache(4)
 def _plain_13b(device: torch.device) -> Planned:
     return Planned(PLAIN_13B[0], lambda precision: hunyuanvideo_13b(precision, device), device)
-
-
-def model_folder(model: str) -> Path:
-    return DEMO_FOLDER if model == "demo" else Path(model).expanduser()

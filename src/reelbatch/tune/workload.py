@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from reelbatch.loading.inspection import ModelInfo
+from reelbatch.memory.estimate import any_image
 from reelbatch.request import VideoRequest
 from reelbatch.tune.quality import Scene
 
@@ -118,7 +119,8 @@ def of_shape(
         PROMPTS[i] if i < len(PROMPTS) else f"{PROMPTS[i % len(PROMPTS)]}, take {i}" for i in range(count)
     ]
     requests = tuple(
-        VideoRequest(prompt=prompt, seed=seed, **fields).for_model(info.limits) for seed, prompt in enumerate(prompts)
+        VideoRequest(prompt=prompt, seed=seed, **any_image(info.limits) | dict(fields)).for_model(info.limits)
+        for seed, prompt in enumerate(prompts)
     )
     scenes = tuple(scene for scene, _ in known)
     return Workload(_description(requests), shape_class(requests), requests, 1, scenes)

@@ -1,4 +1,4 @@
-"""HunyuanVideo (13B, text to video) as a `Family`."""
+"""HunyuanVideo (13B) as a `Family`: what all its models have, and the one of text to video."""
 
 from __future__ import annotations
 
@@ -7,19 +7,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
+from typing import Protocol
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from reelbatch.attention import HeadRules, rule_named, rule_names
+from reelbatch.attention import HeadRules, rule_named
 from reelbatch.geometry import Geometry
 from reelbatch.models.family import EncoderIdentity, Phase, SampleView
 from reelbatch.models.hunyuan_video.branch import Branch
 from reelbatch.models.hunyuan_video.text import TextEncoder, TextStates
 from reelbatch.models.hunyuan_video.transformer import HunyuanVideoTransformer3DModel
 from reelbatch.models.hunyuan_video.vae import VideoDecoder
-from reelbatch.request import ModelLimits, RequestDefaults, VideoRequest
+from reelbatch.models.noise import draw_noise
+from reelbatch.request import ModelLimits, VideoRequest
+
+PLAIN_GUIDANCE = 1.0
+"""The embedded guidance scale of models that are guided by a negative prompt instead (SkyReels V1)."""
 
 
 @dataclass(frozen=True)
@@ -30,22 +35,49 @@ class Conditioning:
         prompts: of the conditional branch and, with classifier-free guidance, of the unconditional one.
         guidance: embedded guidance scale × 1000, in the transformer's dtype.
         rules: which tokens each head attends to; None is all.
+        image: latents of the first frame, scaled, of models that begin with one.
     """
 
     prompts: tuple[TextStates, ...]
     guidance: Float[Tensor, ""]
     rules: HeadRules | None = None
+    image: Float[Tensor, "channels height width"] | None = None
 
     def to(self, device: torch.device) -> Conditioning:
-        return replace(self, prompts=tuple(p.to(device) for p in self.prompts), guidance=self.guidance.to(device))
+        return replace(
+            self,
+            prompts=tuple(prompt.to(device) for prompt in self.prompts),
+            guidance=self.guidance.to(device),
+            image=None if self.image is None else self.image.to(device),
+        )
 
 
-class HunyuanVideo:
+class RequestTexts(Protocol):
+    """The text towers, as the family uses them."""
+
+    @property
+    def llama(self) -> nn.Module: ...
+
+    @property
+    def clip(self) -> nn.Module: ...
+
+    def of_request(self, request: VideoRequest) -> list[TextStates]:
+        """Of each guidance branch, the conditional one first."""
+
+    def most_tokens(self, request: VideoRequest) -> tuple[int, ...]:
+        """The most that `of_request` can give."""
+
+    def forget(self, prefix: bool = False) -> None:
+        """Drops what is kept of prompts; with `prefix`, of the template as well."""
+
+
+class AnyHunyuanVideo:
     """The loaded networks, and how they are used.
 
     Args:
+        text: the text towers.
         flow_shift: the scheduler's, where a request has none.
-        defaults: what requests get that leave something open.
+        limits: of its requests. Where their guidance is classifier-free, the embedded one is `PLAIN_GUIDANCE`.
         device: where the transformer computes, which is not where its weights are while they are offloaded.
     """
 
@@ -60,13 +92,13 @@ class HunyuanVideo:
         self,
         transformer: HunyuanVideoTransformer3DModel,
         decoder: VideoDecoder,
-        text: TextEncoder,
+        text: RequestTexts,
         flow_shift: float,
-        defaults: RequestDefaults,
+        limits: ModelLimits,
         device: torch.device,
     ) -> None:
-        self.transformer, self.decoder, self.text = transformer, decoder, text
-        self.flow_shift, self.device = flow_shift, device
+        self.transformer, self.decoder, self.texts = transformer, decoder, text
+        self.flow_shift, self.limits, self.device = flow_shift, limits, device
         self.parts: Mapping[str, nn.Module] = {
             "transformer": transformer,
             "vae": decoder.vae,
@@ -75,14 +107,11 @@ class HunyuanVideo:
         }
         config, vae = transformer.config, decoder.vae
         self.geometry = Geometry(
-            channels=config.in_channels,
+            channels=vae.config.latent_channels,
             spatial=vae.spatial_compression_ratio,
             temporal=vae.temporal_compression_ratio,
             patch=config.patch_size,
             temporal_patch=config.patch_size_t,
-        )
-        self.limits = ModelLimits(
-            self.geometry.spatial_stride, self.geometry.temporal_stride, defaults, attention_rules=rule_names
         )
 
     @property
@@ -93,40 +122,55 @@ class HunyuanVideo:
     @torch.no_grad()
     def encode(self, request: VideoRequest) -> Conditioning:
         """Llama's states and CLIP's pooled vector of the prompt and, with guidance, of the negative prompt."""
-        prompts = [self.text.encode(request.prompt, request.prompt_2)]
-        if request.uses_cfg:
-            prompts.append(self.text.encode(request.negative_prompt or ""))
-        return self._conditioning(request, [prompt.to(self.device, self.dtype) for prompt in prompts])
+        return self._conditioning(request, self.texts.of_request(request))
 
     def stand_in(self, request: VideoRequest) -> Conditioning:
         """As `encode`, of as many tokens as are read at most."""
-        config, tokens = self.transformer.config, self.text.max_tokens
+        config = self.transformer.config
         empty = partial(torch.empty, dtype=self.dtype, device=self.device)
-        prompt = TextStates(empty(tokens, config.text_embed_dim), empty(config.pooled_projection_dim))
-        return self._conditioning(request, [prompt] * (2 if request.uses_cfg else 1))
+        return self._conditioning(
+            request,
+            [
+                TextStates(empty(tokens, config.text_embed_dim), empty(config.pooled_projection_dim))
+                for tokens in self.texts.most_tokens(request)
+            ],
+        )
 
     def _conditioning(self, request: VideoRequest, prompts: Sequence[TextStates]) -> Conditioning:
         guidance = self.limits.defaults.guidance if request.guidance is None else request.guidance
+        if self.limits.guidance == "classifier-free":
+            guidance = PLAIN_GUIDANCE
         heads = self.transformer.config.num_attention_heads
         return Conditioning(
-            tuple(prompts),
+            tuple(prompt.to(self.device, self.dtype) for prompt in prompts),
             torch.tensor(guidance, dtype=self.dtype, device=self.device) * 1000.0,
             None if request.attention_rule is None else rule_named(request.attention_rule, heads),
         )
+
+    def first_latents(
+        self, request: VideoRequest, conditioning: Conditioning
+    ) -> Float[Tensor, "channels frames height width"]:
+        return draw_noise(request.seed, self.geometry.latent_shape(request)).to(self.device)
 
     def rows(self, request: VideoRequest, conditioning: Conditioning | None = None) -> tuple[int, ...]:
         video = self.geometry.tokens(request)
         if conditioning is not None:
             return tuple(video + len(prompt.text) for prompt in conditioning.prompts)
-        return (video + self.text.max_tokens,) * (2 if request.uses_cfg else 1)
+        return tuple(video + tokens for tokens in self.texts.most_tokens(request))
 
     def branches(self, sample: SampleView) -> list[Branch]:
         known: Conditioning = sample.conditioning
-        latents, timestep = sample.latents.to(known.guidance.dtype), sample.timestep
+        inputs, timestep = self._inputs(sample.latents, known), sample.timestep
         return [
-            Branch(latents, prompt.text, prompt.pooled, timestep, known.guidance, known.rules)
+            Branch(inputs, prompt.text, prompt.pooled, timestep, known.guidance, known.rules)
             for prompt in known.prompts
         ]
+
+    def _inputs(
+        self, latents: Float[Tensor, "channels frames height width"], known: Conditioning
+    ) -> Float[Tensor, "in_channels frames height width"]:
+        """What the transformer is given of latents."""
+        return latents.to(self.dtype)
 
     @torch.no_grad()
     def velocities(self, packs: Sequence[Sequence[Branch]]) -> list[list[Tensor]]:
@@ -145,15 +189,29 @@ class HunyuanVideo:
         return self.decoder.decode(latents, tile_side)
 
     def forget(self) -> None:
-        self.text.forget()
+        self.texts.forget()
 
     def release(self) -> None:
-        self.text.forget(prefix=True)
+        self.texts.forget(prefix=True)
 
     def set_attention_backend(self, backend: str) -> None:
         self.transformer.set_attention_backend(backend)
 
-    # -- training ----------------------------------------------------------------------------------
+
+class HunyuanVideo(AnyHunyuanVideo):
+    """Text to video, and its training."""
+
+    def __init__(
+        self,
+        transformer: HunyuanVideoTransformer3DModel,
+        decoder: VideoDecoder,
+        text: TextEncoder,
+        flow_shift: float,
+        limits: ModelLimits,
+        device: torch.device,
+    ) -> None:
+        super().__init__(transformer, decoder, text, flow_shift, limits, device)
+        self.text = text
 
     @property
     def clip_encoder(self) -> EncoderIdentity:

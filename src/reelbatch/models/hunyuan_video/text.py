@@ -17,6 +17,7 @@ from transformers import CLIPTextModel, LlamaModel, PreTrainedTokenizerFast
 
 from reelbatch.models.linear import pad_linears
 from reelbatch.models.prompts import PromptCutWarning, PromptStates, PromptTemplate, tokenize, warn_if_cut
+from reelbatch.request import VideoRequest
 from reelbatch.tracing import cached
 
 __all__ = ["DEFAULT_TEMPLATE", "PromptCutWarning", "PromptTemplate", "TextEncoder", "TextStates"]
@@ -69,7 +70,6 @@ class TextEncoder:
         max_tokens: int = 256,
         cache_size: int = 128,
     ) -> None:
-        pad_linears(clip)
         self.llama, self.tokenizer = llama, tokenizer
         self.clip, self.tokenizer_2 = clip, tokenizer_2
         self.template, self.max_tokens = template, max_tokens
@@ -78,7 +78,7 @@ class TextEncoder:
             crop_start = max(len(tokenizer(template.template).input_ids) - 2, 0)
         self.crop_start = crop_start
         self.states = PromptStates(llama, tokenizer, template, crop_start, max_tokens, cache_size)
-        self._pooled = cached(cache_size)(self._encode_clip)
+        self._pooled = PooledText(clip, tokenizer_2, cache_size)
 
     def encode(self, prompt: str, prompt_2: str | None = None) -> TextStates:
         """TextStates for `prompt`; CLIP reads `prompt_2` instead where one is given (the reference ignores it).
@@ -90,15 +90,47 @@ class TextEncoder:
         """
         return TextStates(self.states(prompt), self._pooled(prompt if prompt_2 is None else prompt_2))
 
+    def of_request(self, request: VideoRequest) -> list[TextStates]:
+        """Of the prompt and, with guidance, of the negative prompt."""
+        prompts = [self.encode(request.prompt, request.prompt_2)]
+        if request.uses_cfg:
+            prompts.append(self.encode(request.negative_prompt or ""))
+        return prompts
+
+    def most_tokens(self, request: VideoRequest) -> tuple[int, ...]:
+        """The most that each of a request's prompts takes."""
+        return (self.max_tokens,) * (2 if request.uses_cfg else 1)
+
     def forget(self, prefix: bool = False) -> None:
         """Drops what is kept of prompts encoded so far; with `prefix`, of the template's beginning as well."""
         self.states.forget(prefix)
-        self._pooled.cache_clear()
+        self._pooled.forget()
+
+
+class PooledText:
+    """CLIP's pooled vectors of the last prompts, each encoded by itself.
+
+    Args:
+        clip: the text model. tokenizer: is its own. cache_size: how many different prompts are kept.
+    """
+
+    def __init__(self, clip: CLIPTextModel, tokenizer: PreTrainedTokenizerFast, cache_size: int) -> None:
+        pad_linears(clip)
+        self.clip, self.tokenizer = clip, tokenizer
+        self._kept = cached(cache_size)(self._encode)
+
+    def __call__(self, prompt: str) -> Float[Tensor, " pooled_dim"]:
+        """Warns with a PromptCutWarning when words had to be cut."""
+        return self._kept(prompt)
+
+    def forget(self) -> None:
+        """Drops what is kept."""
+        self._kept.cache_clear()
 
     @torch.no_grad()
-    def _encode_clip(self, prompt: str) -> Tensor:
+    def _encode(self, prompt: str) -> Tensor:
         limit = min(CLIP_MAX_TOKENS, self.clip.config.max_position_embeddings)
-        ids, cut = tokenize(self.tokenizer_2, prompt, limit)
+        ids, cut = tokenize(self.tokenizer, prompt, limit)
         warn_if_cut("prompt for CLIP, which sets the overall look,", limit, cut)
         pooled: Tensor = self.clip(input_ids=torch.tensor([ids], device=self.clip.device)).pooler_output[0].clone()
         return pooled

@@ -24,6 +24,7 @@ from reelbatch.models.hunyuan_video15.images import ImageEncoder, ImageStates
 from reelbatch.models.hunyuan_video15.text import TextEncoder, TextStates, glyph_text
 from reelbatch.models.hunyuan_video15.transformer import HunyuanVideo15Transformer3DModel
 from reelbatch.models.hunyuan_video15.vae import VideoDecoder
+from reelbatch.models.noise import draw_noise
 from reelbatch.request import ModelLimits, VideoRequest
 
 
@@ -122,6 +123,11 @@ class HunyuanVideo15:
         height, width, _ = request.size
         states = self.images.encode(request.image.open, request.image.sha256, height, width)
         return states.to(self.device, self.dtype)
+
+    def first_latents(
+        self, request: VideoRequest, conditioning: Conditioning
+    ) -> Float[Tensor, "channels frames height width"]:
+        return draw_noise(request.seed, self.geometry.latent_shape(request)).to(self.device)
 
     def stand_in(self, request: VideoRequest) -> Conditioning:
         """As `encode`, of as many tokens as are read at most."""

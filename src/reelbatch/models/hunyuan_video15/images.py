@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.pipelines.hunyuan_video1_5.image_processor import HunyuanVideo15ImageProcessor
 from jaxtyping import Float, UInt8
 from PIL.Image import Image, fromarray
 from torch import Tensor
 from transformers import SiglipVisionModel
 
 from reelbatch.models.hunyuan_video15.vae import VideoDecoder
+from reelbatch.models.images import Source, fit, pixels_of
 from reelbatch.models.linear import pad_linears
 from reelbatch.tracing import cached
 
@@ -39,24 +39,6 @@ class ImageStates:
         return ImageStates(self.states.to(device, dtype), self.latents.to(device, dtype))
 
 
-def nearest_size(height: int, width: int, target_size: int, stride: int) -> tuple[int, int]:
-    """Height and width of the video whose first frame an image of such a shape is to be.
-
-    The reference's buckets: multiples of `stride` with about as many pixels as a square of `target_size`, at most 4
-    times as long as wide. Of them the one whose ratio of height to width is nearest to the image's, among those that
-    are no further from square than the image.
-    """
-    processor = HunyuanVideo15ImageProcessor(vae_scale_factor=stride)
-    chosen: tuple[int, int] = processor.calculate_default_height_width(height, width, target_size)
-    return chosen
-
-
-def fit(image: Image, height: int, width: int) -> Image:
-    """The image resized (Lanczos) until it covers the frame, and cropped to it around its middle, as the reference
-    does."""
-    return HunyuanVideo15ImageProcessor().resize(image.convert("RGB"), height=height, width=width, resize_mode="crop")
-
-
 class ImageEncoder:
     """Encodes one image at a time, so that its states never depend on another image.
 
@@ -69,7 +51,6 @@ class ImageEncoder:
     def __init__(self, siglip: SiglipVisionModel, processor: Any, decoder: VideoDecoder, cache_size: int = 16) -> None:
         pad_linears(siglip)
         self.siglip, self.processor, self.decoder = siglip, processor, decoder
-        self._pixels = HunyuanVideo15ImageProcessor(do_resize=False, do_convert_rgb=True)
         self._kept = cached(cache_size)(self._encode)
 
     @property
@@ -85,7 +66,7 @@ class ImageEncoder:
             source: gives the image; is called where it is not kept. It must be the same for the same identity.
             identity: of its content: equal ones are equal images.
         """
-        return self._kept(_Source(source, identity), height, width)
+        return self._kept(Source(source, identity), height, width)
 
     def encode_frame(self, frame: UInt8[Tensor, "height width 3"]) -> ImageStates:
         """States of a video's first frame, which has its size already; they are not kept."""
@@ -95,7 +76,7 @@ class ImageEncoder:
         """Drops what is kept of images encoded so far."""
         self._kept.cache_clear()
 
-    def _encode(self, source: _Source, height: int, width: int) -> ImageStates:
+    def _encode(self, source: Source, height: int, width: int) -> ImageStates:
         return self._states(fit(source.open(), height, width))
 
     @torch.no_grad()
@@ -103,19 +84,4 @@ class ImageEncoder:
         inputs = self.processor.preprocess(images=image, do_resize=True, return_tensors="pt", do_convert_rgb=True)
         pixels = inputs["pixel_values"].to(self.siglip.device, self.siglip.dtype)
         states = self.siglip(pixel_values=pixels).last_hidden_state[0].clone()
-        frame = self._pixels.preprocess(image, height=image.height, width=image.width)[0]
-        return ImageStates(states, self.decoder.encode_image(frame))
-
-
-@dataclass(frozen=True)
-class _Source:
-    """Equal where the identity is."""
-
-    open: Callable[[], Image]
-    identity: str
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Source) and self.identity == other.identity
-
-    def __hash__(self) -> int:
-        return hash(self.identity)
+        return ImageStates(states, self.decoder.encode_image(pixels_of(image)))

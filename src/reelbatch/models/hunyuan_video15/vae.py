@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 
-import torch
 from diffusers import AutoencoderKLHunyuanVideo15
 from diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15 import (
     HunyuanVideo15AttnBlock,
@@ -118,17 +117,3 @@ class VideoDecoder(SampleDecoder):
             view.tile_latent_min_height = view.tile_latent_min_width = side // self.vae.spatial_compression_ratio
             view.tile_overlap_factor = TILE_OVERLAP
         return view
-
-    @torch.no_grad()
-    def encode_image(self, image: Float[Tensor, "3 height width"]) -> Float[Tensor, "channels h w"]:
-        """Latents of one frame, in fp32 on the VAE's device, scaled as the transformer sees them: the mode of the
-        posterior, so that they hang on no seed.
-
-        Args:
-            image: values from -1 to 1, height and width multiples of the VAE's stride.
-        """
-        vae = self.vae
-        view = self._tiled(self.tile_side(1, *image.shape[1:]))
-        video = image.to(self._device, vae.dtype)[None, :, None]
-        latents: Tensor = view.encode(video.contiguous()).latent_dist.mode()[0, :, 0]
-        return latents.float() * vae.config.scaling_factor

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from reelbatch.models.hunyuan_video15.images import nearest_size
+from reelbatch.models.images import nearest_size
 from reelbatch.request import RequestDefaults, VideoRequest
 
 FRAMES, FPS = 121, 24

@@ -9,8 +9,9 @@ lengths, one in four with words to be drawn. Diffusers does it in two forwards a
 transformer after `reelbatch.repair`, called in the same way. From prompts to frames, Diffusers makes one video at a
 time: its VAE raises at two.
 
-Every cell runs all of them one after the other, again and again; seconds are medians, after a first round, which
-measures memory: by how much the process's resident set grows at most.
+Every cell runs all of them one after the other, again and again. Seconds are medians of the processor's time with one
+thread, on which other work on the machine has little influence; a first round measures memory: by how much the
+process's resident set grows at most.
 """
 
 from __future__ import annotations
@@ -90,9 +91,9 @@ def measure(ways: Ways, repeats: int) -> tuple[dict[str, float], dict[str, int]]
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats):
         for name, work in ways.items():
-            started = time.perf_counter()
+            started = time.process_time()
             work()
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(time.process_time() - started)
     return {name: statistics.median(times) for name, times in seconds.items()}, peaks
 
 
@@ -261,6 +262,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Where the table and its figures go.")] = RESULTS,
 ) -> None:
     """Runs the comparison, prints its table and keeps it under benchmarks/results/."""
+    torch.set_num_threads(1)
     cells: list[Cell] = []
     print(HEADER)
     with torch.no_grad():

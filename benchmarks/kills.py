@@ -2,12 +2,15 @@
 
     python benchmarks/kills.py                              # 100 signals over 1, 2 and 4 processes, and 20 races
     python benchmarks/kills.py --kills 1000 --races 100     # about 70 minutes
+    python tests/tiny15.py FOLDER && python benchmarks/kills.py --images --lines 100 --copies 1 --model FOLDER
 
 The same `job run` is started in one, two or four processes; random ones get SIGKILL, SIGTERM, or SIGSTOP and later
 SIGCONT, and others are started in their places. At the end every video must be there once (nothing lost, nothing
 doubled), be the file that the manifest has, and have the frames that it has alone: those of a job with one video a
 batch, that nothing disturbed. Processes are forked from one that has everything imported, so that signals fall into the
 job and not into its start. Leases are shorter than usual, so that some run out while a process is stopped.
+With `--images`, for HunyuanVideo 1.5, prompts, prompts with words in quotes and prompts with images of different sizes
+take turns.
 """
 
 from __future__ import annotations
@@ -27,12 +30,14 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import typer
 
 FILE = "manifest.sqlite"
-PROMPTS = [f"a {size} {color} circle" for size in ("small", "large") for color in ("red", "green", "blue", "yellow")]
+COLORS = ("red", "green", "blue", "yellow")
+PROMPTS = [f"a {size} {color} circle" for size in ("small", "large") for color in COLORS]
+SIZE = ("--height", "64", "--width", "64")
 STOPPED = 130  # exit code of a command that SIGTERM asked to save its state and stop
 SIGNALS = {"KILL": signal.SIGKILL, "TERM": signal.SIGTERM, "STOP": signal.SIGSTOP}
 LEASE, BEAT, LONGEST_STOP = 2.0, 0.4, 4.0
@@ -137,22 +142,51 @@ class Process:
             self.stopped_until = 0.0
 
 
-def job_command(prompts: Path, out: Path, model: str, copies: int, batch: int, *extra: str) -> list[str]:
-    words = [
-        "job",
-        "run",
-        str(prompts),
-        "--out",
-        str(out),
-        "--copies",
-        str(copies),
-        "--model",
-        model,
-        "--device",
-        "cpu",
-    ]
-    sizes = ["--height", "64", "--width", "64", "--frames", "5", "--steps", "4", "--dtype", "float32"]
-    return [*words, *sizes, "--batch-size", str(batch), *extra]
+class Job(NamedTuple):
+    """What is asked for.
+
+    Attributes:
+        extra: further options.
+    """
+
+    prompts: Path
+    model: str
+    extra: tuple[str, ...]
+
+    def command(self, out: Path, copies: int, batch: int, *extra: str) -> list[str]:
+        words = ["job", "run", str(self.prompts), "--out", str(out), "--copies", str(copies), "--model", self.model]
+        same = ["--device", "cpu", "--frames", "5", "--steps", "4", "--dtype", "float32", "--batch-size", str(batch)]
+        return [*words, *same, *self.extra, *extra]
+
+
+def write_prompts(folder: Path, count: int) -> Path:
+    """So many lines, in a file."""
+    lines = [f"{PROMPTS[number % len(PROMPTS)]}{' again' * (number // len(PROMPTS))}" for number in range(count)]
+    file = folder / "prompts.txt"
+    file.write_text("\n".join(lines), encoding="utf-8")
+    return file
+
+
+def write_mixed_prompts(folder: Path, count: int) -> Path:
+    """So many lines, in a file: prompts, prompts with words in quotes, and prompts with an image, in turn."""
+    import PIL.Image
+
+    lines = []
+    for number in range(count):
+        prompt = f"a {COLORS[number % len(COLORS)]} sign {number}"
+        line: dict[str, object] = {"prompt": prompt, "seed": number, "guidance": 1 + number % 4}
+        if number % 3 == 0:
+            line |= {"frames": (1, 5, 9)[number // 3 % 3], "negative_prompt": "a circle"}
+        elif number % 3 == 1:
+            line["prompt"] = f'{prompt} that says "stop {number}" and “go”'
+        else:
+            line["image"] = f"{number}.png"
+            size = (16 + 7 * (number % 11), 16 + 5 * (number % 13))
+            PIL.Image.effect_noise(size, 40 + number).convert("RGB").save(folder / f"{number}.png")
+        lines.append(json.dumps(line))
+    file = folder / "prompts.jsonl"
+    file.write_text("\n".join(lines), encoding="utf-8")
+    return file
 
 
 def rows(folder: Path, columns: str) -> list[tuple]:
@@ -241,7 +275,7 @@ class Crowd:
         return self.counts.given_up
 
 
-def disturb(crowd: Crowd, signals: int, longest: float, draw: random.Random) -> None:
+def disturb(crowd: Crowd, signals: int, names: Sequence[str], longest: float, draw: random.Random) -> None:
     """Runs a job to its end, with up to so many signals at random moments."""
     while True:
         states = [state for (state,) in rows(crowd.folder, "state")]
@@ -253,7 +287,7 @@ def disturb(crowd: Crowd, signals: int, longest: float, draw: random.Random) -> 
             wait_for_work(crowd)
         time.sleep(draw.uniform(0, longest))
         if signals and (awake := crowd.awake()):
-            name = draw.choice(list(SIGNALS))
+            name = draw.choice(names)
             crowd.counts.in_the_work += any(state == "running" for (state,) in rows(crowd.folder, "state"))
             draw.choice(awake).send(name, draw.uniform(0, LONGEST_STOP))
             crowd.counts.signals[name] += 1
@@ -301,24 +335,28 @@ def main(
     kills: Annotated[int, typer.Option(help="Signals in all, shared by the numbers of processes.")] = 100,
     races: Annotated[int, typer.Option(help="Jobs that are started three times at once, in a fresh folder.")] = 20,
     processes: Annotated[list[int], typer.Option(help="That share a job; may be repeated.")] = [1, 2, 4],  # noqa: B006
-    copies: Annotated[int, typer.Option(help="Of each of eight prompts, in a job that is disturbed.")] = 6,
+    lines: Annotated[int, typer.Option(help="Of the prompt file.")] = 8,
+    copies: Annotated[int, typer.Option(help="Of each line, in a job that is disturbed.")] = 6,
+    signals: Annotated[list[str], typer.Option("--signal", help="May be repeated.")] = list(SIGNALS),  # noqa: B006
     longest: Annotated[float, typer.Option(help="Seconds at most that a signal waits besides.")] = 1.0,
     seed: int = 0,
     model: str = "demo",
+    images: Annotated[
+        bool, typer.Option(help="Lines with images and with words in quotes among the others; needs --model.")
+    ] = False,
 ) -> None:
     """Prints what was seen, and ends with 1 if anything was lost, doubled, wrong or crashed."""
     prepare()
     draw, all_counts = random.Random(seed), []
     print(f"expected: about {(kills * 3.0 + races * 12.0) / 60:.0f} minutes on two cores", flush=True)
     with tempfile.TemporaryDirectory() as root:
-        prompts = Path(root, "prompts.txt")
-        prompts.write_text("\n".join(PROMPTS), encoding="utf-8")
-        calm = Path(root, "calm")
-        run_through(job_command(prompts, calm, model, copies, 1), Path(root, "log"))
+        prompts = (write_mixed_prompts if images else write_prompts)(Path(root), lines)
+        job, calm = Job(prompts, model, () if images else SIZE), Path(root, "calm")
+        run_through(job.command(calm, copies, 1), Path(root, "log"))
         alone = frames_of(calm)
         singles = alone
         if copies > 1 and races:
-            run_through(job_command(prompts, Path(root, "singles"), model, 1, 1), Path(root, "log"))
+            run_through(job.command(Path(root, "singles"), 1, 1), Path(root, "log"))
             singles = frames_of(Path(root, "singles"))
         for share, size in enumerate(processes):
             counts, started = Counts(), time.monotonic()
@@ -326,8 +364,9 @@ def main(
             all_counts.append(counts)
             while counts.sent < wanted and not counts.problems:
                 out = Path(root, f"o-{size}-{counts.videos}")
-                command = job_command(prompts, out, model, copies, 4, "--checkpoint-every", "1")
-                disturb(Crowd(command, out, Path(f"{out}-logs"), size, counts), wanted - counts.sent, longest, draw)
+                command = job.command(out, copies, 4, "--checkpoint-every", "1")
+                crowd = Crowd(command, out, Path(f"{out}-logs"), size, counts)
+                disturb(crowd, wanted - counts.sent, signals, longest, draw)
                 run_through(command, Path(root, "log"))
                 check(out, alone, counts)
             report(counts, f"{size} process{'es' if size > 1 else ''}", time.monotonic() - started)
@@ -335,7 +374,7 @@ def main(
         all_counts.append(counts)
         for number in range(races):
             out = Path(root, f"race-{number}")
-            command = job_command(prompts, out, model, 1, 4)
+            command = job.command(out, 1, 4)
             race(command, Path(f"{out}-logs"), 3, counts)
             run_through(command, Path(root, "log"))
             check(out, singles, counts)

@@ -14,6 +14,7 @@ import io
 import os
 import warnings
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -81,6 +82,13 @@ class ImageSource:
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         return cls(digest, height, width, path, None if path else data)
+
+    @classmethod
+    def recorded(cls, record: Mapping[str, str]) -> Self:
+        """Of what `record` gave, without looking at it: `open` does. Height and width are not known, and 0."""
+        if "path" in record:
+            return cls(record["sha256"], 0, 0, Path(record["path"]))
+        return cls(record["sha256"], 0, 0, data=_decoded(record.get("data")))
 
     @property
     def record(self) -> dict[str, str]:

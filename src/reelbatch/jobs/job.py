@@ -177,6 +177,7 @@ def _resumed(
         manifest.retry((State.FAILED, State.CANCELLED), its)
     now = {row.id: row for row in manifest.rows()}
     rows = [now[id] for id in its]
+    _find_images(manifest, rows, requests)
     manifest.take_over(number, [row.id for row in rows if row.job != number and row.state in OPEN])
     return Job(number, rows, [row for row in rows if row.state == State.DONE], remade)
 
@@ -217,7 +218,18 @@ def _added(
     every = {**dict(zip(new, added, strict=True)), **known}
     now = {row.id: row for row in manifest.rows()}
     rows = [now[every[i].id] for i in range(len(requests))]
+    _find_images(manifest, rows, requests)
     return Job(number, rows, [row for row in rows if row.state == State.DONE], remade)
+
+
+def _find_images(manifest: Manifest, rows: Sequence[VideoRow], requests: Sequence[VideoRequest]) -> None:
+    """Rows that are not made yet get the places of their images from the requests: they may lie elsewhere by now."""
+    moved = {
+        row.id: {**row.request, "image": request.image.record}
+        for row, request in zip(rows, requests, strict=True)
+        if request.image and row.state != State.DONE and row.request.get("image") != request.image.record
+    }
+    manifest.replace_requests(moved)
 
 
 def forecast(

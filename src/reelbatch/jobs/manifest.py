@@ -122,6 +122,12 @@ class Manifest(Database):
         with self._transaction() as session:
             self._move_into(session, job, ids)
 
+    def replace_requests(self, requests: Mapping[str, Mapping[str, Any]]) -> None:
+        """What rows ask for, by their ids, where it is the same and only lies elsewhere, as an image may."""
+        with self._transaction() as session:
+            for id, request in requests.items():
+                session.execute(update(VideoRow).where(VideoRow.id == id).values(request=dict(request)))
+
     @staticmethod
     def _move_into(session: Session, job: int, ids: Sequence[str]) -> None:
         for some in _in_parts(ids):

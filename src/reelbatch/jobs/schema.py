@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from sqlalchemy import JSON, ForeignKey, Text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+from reelbatch.image import ImageSource
 from reelbatch.request import VideoRequest
 
 SCHEMA = 2
@@ -125,10 +126,15 @@ class VideoRow(Base):
     deaths = 0  # not a column: `DeathRow.count`, for a row that was claimed
 
     def to_request(self) -> VideoRequest:
-        """Raises ValueError if the row holds no request."""
+        """Its image is looked at when it is used: of a video that is done, it may be gone.
+
+        Raises:
+            ValueError: if the row holds no request.
+        """
         try:
-            return VideoRequest(**self.request)
-        except (ValueError, TypeError) as error:
+            image = self.request.get("image")
+            return VideoRequest(**self.request | ({"image": ImageSource.recorded(image)} if image else {}))
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
             raise ValueError(f"row {self.id} of the manifest ({self.file}) holds no valid request: {error}") from error
 
     def record(self) -> dict[str, Any]:

@@ -183,7 +183,9 @@ class Worker:
         """The record of a whole video of this very row, which a process put in place before it was killed; None: it is
         another file."""
         record = embedded_record(path)
-        if record is None or record.get("request") != row.request or is_damaged(path, row.to_request()):
+        if record is None or is_damaged(path, row.to_request()):
+            return None
+        if _asked(record.get("request")) != _asked(row.request):
             return None
         decides = [*MADE_BY, *(name for name in RECORDED_LATER if name in record)]
         if any(record.get(name) != self.engine.info[name] for name in decides):
@@ -358,6 +360,12 @@ def _finished(file: Path, record: dict[str, Any], weights: str, seconds: dict[st
         model_hash=weights,
         versions=record["versions"],
     )
+
+
+def _asked(request: Any) -> Any:
+    """What a request's record asks for, wherever its image lies."""
+    image = request.get("image") if isinstance(request, dict) else None
+    return {**request, "image": image.get("sha256")} if isinstance(image, dict) else request
 
 
 def is_damaged(path: Path, request: VideoRequest) -> str | None:

@@ -1,7 +1,7 @@
 """reelbatch against Diffusers' own HunyuanVideo 1.5, in turn, on the same random weights and inputs, with guidance.
 
-    python benchmarks/vs_diffusers15.py                    # a step of the transformer, and from prompts to frames
-    python benchmarks/vs_diffusers15.py --part 8.3b        # the full configuration on fake tensors: nothing is computed
+    python benchmarks/vs_diffusers15.py              # a step of the transformer, and from prompts to frames
+    python benchmarks/vs_diffusers15.py --part step --batch 1 --repeats 1
 
 A step is what classifier-free guidance asks for: both branches of every video, text to video, prompts of different
 lengths, one in four with words to be drawn. Diffusers does it in two forwards and gets what its pipeline gives it:
@@ -9,8 +9,9 @@ lengths, one in four with words to be drawn. Diffusers does it in two forwards a
 transformer after `reelbatch.repair`, called in the same way. From prompts to frames, Diffusers makes one video at a
 time: its VAE raises at two.
 
-Every cell runs all of them one after the other, again and again; seconds are medians, after a first round, which
-measures memory: by how much the process's resident set grows at most.
+Every cell runs all of them one after the other, again and again. Seconds are medians of the processor's time with one
+thread, on which other work on the machine has little influence; a first round measures memory: by how much the
+process's resident set grows at most.
 """
 
 from __future__ import annotations
@@ -22,23 +23,18 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import date
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, Any
 
 import diffusers
 import torch
 import typer
 from diffusers import HunyuanVideo15Pipeline
-from diffusers import HunyuanVideo15Transformer3DModel as Reference
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from reelbatch import VideoRequest
 from reelbatch.device import device_name, trim_heap
@@ -60,12 +56,10 @@ NETWORK = {
     "mlp_ratio": 4.0,
 }
 """What differs from the tiny model of the tests: 64 channels and three blocks, of random weights."""
-SHAPES = ((64, 64, 9), (192, 192, 17), (320, 320, 17))
-"""Height, width and frames: 48, 720 and 2,000 tokens."""
+SHAPES = ((64, 64, 9), (192, 192, 17), (256, 256, 17))
+"""Height, width and frames: 48, 720 and 1,280 tokens."""
 CLIPS = ((64, 64, 9), (128, 128, 9))
 STEPS = 4
-FULL_SHAPES = ((480, 848, 121), (720, 1280, 121))
-BATCHES = (1, 2, 4)
 
 Ways = dict[str, Callable[[], object]]
 
@@ -97,9 +91,9 @@ def measure(ways: Ways, repeats: int) -> tuple[dict[str, float], dict[str, int]]
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats):
         for name, work in ways.items():
-            started = time.perf_counter()
+            started = time.process_time()
             work()
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(time.process_time() - started)
     return {name: statistics.median(times) for name, times in seconds.items()}, peaks
 
 
@@ -234,96 +228,6 @@ def by_diffusers(pipe: HunyuanVideo15Pipeline, asked: list[VideoRequest]) -> obj
     ]
 
 
-# -- the full configuration, traced ----------------------------------------------------------------
-
-
-class Traffic(TorchDispatchMode):
-    """Bytes that kernels read and write: of all tensors that an operator is given and returns, views aside."""
-
-    supports_higher_order_operators = True
-
-    def __init__(self, is_view: Callable[..., bool]) -> None:
-        super().__init__()
-        self.bytes, self._is_view = 0, is_view
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        inputs, outputs = (
-            [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.device.type == "cuda"]
-            for tree in ((args, kwargs or {}), result)
-        )
-        if outputs and not self._is_view(func, func._schema.name.partition("::")[2], inputs, outputs):
-            self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in (*inputs, *outputs))
-        return result
-
-
-def blocks_of_diffusers(model: Reference, batches: list[dict[str, Tensor]]) -> list[Tensor]:
-    return [forward_of_diffusers(model, inputs) for inputs in batches]
-
-
-def forward_of_diffusers(model: Reference, inputs: dict[str, Tensor]) -> Tensor:
-    """Diffusers' forward without what cannot be traced: valid tokens are not moved before the padding of each sample,
-    and nothing reads from the device whether there is an image."""
-    batch = len(inputs["hidden_states"])
-    temb = model.time_embed(inputs["timestep"])
-    rotary = model.rope(inputs["hidden_states"])
-    video = model.x_embedder(inputs["hidden_states"])
-    mask = inputs["encoder_attention_mask"]
-    kinds = [
-        model.image_embedder(inputs["image_embeds"]) * 0.0,
-        model.context_embedder_2(inputs["encoder_hidden_states_2"]),
-        model.context_embedder(inputs["encoder_hidden_states"], inputs["timestep"], mask),
-    ]
-    index = torch.zeros(batch, 1, dtype=torch.long, device=video.device)
-    text = torch.cat([rows + model.cond_type_embed(index) for rows in kinds], dim=1)
-    masks = [mask.new_zeros(batch, IMAGE), inputs["encoder_attention_mask_2"], mask]
-    joint = torch.cat(masks, dim=1).bool()
-    for block in model.transformer_blocks:
-        video, text = block(video, text, temb, joint, rotary)
-    return model.proj_out(model.norm_out(video, temb))
-
-
-@contextmanager
-def fake_cuda() -> Iterator[Any]:
-    """The tests' fake CUDA device: tensors of a shape and no values."""
-    sys.path.append(str(TESTS))
-    import fake_cuda as module
-
-    with module.fake_cuda() as trace:
-        yield SimpleNamespace(trace=trace, is_view=module.is_view, weightless=module.weightless)
-
-
-def full_rows(batches: list[int]) -> Iterator[dict[str, Any]]:
-    """One step of the 8.3B configuration in bfloat16: kernels, bytes they read and write, peak besides weights."""
-    to = {"device": torch.device("cuda"), "dtype": torch.bfloat16}
-    for who in ("diffusers", "exact", "packed"):
-        with fake_cuda() as cuda:
-            kind = Reference if who == "diffusers" else HunyuanVideo15Transformer3DModel
-            model = cuda.weightless(kind).eval().requires_grad_(False)
-            for height, width, frames in FULL_SHAPES:
-                shape = latent_shape(height, width, frames)
-                for batch in batches:
-                    branches = branches_of(model.config, shape, batch, **to)
-                    packs = [[branch] for branch in branches] if who == "exact" else [branches]
-                    two = [padded(branches[of::2], model.config) for of in (0, 1)] if who == "diffusers" else []
-
-                    step = partial(blocks_of_diffusers, model, two) if two else partial(model, packs=packs)
-                    step()  # what is kept from step to step is there the second time
-                    cuda.trace.reset()
-                    before = cuda.trace.live
-                    with Traffic(cuda.is_view) as traffic:
-                        step()
-                    yield {
-                        "who": who,
-                        "shape": f"{height}×{width}×{frames}",
-                        "tokens": shape[0] * shape[1] * shape[2],
-                        "batch": batch,
-                        "kernels": cuda.trace.launches,
-                        "bytes": traffic.bytes,
-                        "peak": cuda.trace.peak_bytes - before,
-                    }
-
-
 # -- tables ----------------------------------------------------------------------------------------
 
 WHO = ("diffusers", "repaired", "exact", "packed")
@@ -331,7 +235,6 @@ HEADER = (
     "| part | shape | tokens | batch | Diffusers s | repaired s | exact s | packed s | exact × | packed × "
     "| Diffusers peak | repaired peak | exact peak | packed peak |\n" + "|---" * 14 + "|"
 )
-FULL_HEADER = "| shape | tokens | batch | | kernels | read and written | peak besides weights |\n" + "|---" * 7 + "|"
 
 
 def binary(count: int) -> str:
@@ -346,46 +249,36 @@ def row(cell: Cell) -> str:
     return f"| {' | '.join(parts)} |"
 
 
-def full_row(entry: dict[str, Any]) -> str:
-    sizes = f"{binary(entry['bytes'])} | {binary(entry['peak'])}"
-    head = f"{entry['shape']} | {entry['tokens']} | {entry['batch']} | {entry['who']}"
-    return f"| {head} | {entry['kernels']} | {sizes} |"
+def about() -> str:
+    """Date, processor and versions."""
+    text = f"{date.today()}, {device_name('cpu')}, torch {torch.__version__}, diffusers {diffusers.__version__}"
+    return f"{text}, transformers {version('transformers')}"
 
 
 def main(
-    part: Annotated[list[str], typer.Option(help="step, clips or 8.3b.")] = ["step", "clips"],  # noqa: B006
-    batch: Annotated[list[int], typer.Option(help="Batch sizes.")] = list(BATCHES),  # noqa: B006
+    part: Annotated[list[str], typer.Option(help="step or clips.")] = ["step", "clips"],  # noqa: B006
+    batch: Annotated[list[int], typer.Option(help="Batch sizes.")] = [1, 2, 4],  # noqa: B006
     repeats: Annotated[int, typer.Option(help="Rounds that are timed.")] = 3,
-    out: Annotated[Path, typer.Option(help="Where the tables and their figures go.")] = RESULTS,
+    out: Annotated[Path, typer.Option(help="Where the table and its figures go.")] = RESULTS,
 ) -> None:
-    """Runs the comparison, prints its tables and keeps them under benchmarks/results/."""
-    about = f"{date.today()}, {device_name('cpu')}, torch {torch.__version__}, diffusers {diffusers.__version__}, "
-    about += f"transformers {version('transformers')}"
+    """Runs the comparison, prints its table and keeps it under benchmarks/results/."""
+    torch.set_num_threads(1)
+    cells: list[Cell] = []
+    print(HEADER)
     with torch.no_grad():
-        if "step" in part or "clips" in part:
-            cells: list[Cell] = []
-            print(HEADER)
-            for name, made in (("step", step_cells), ("clips", clip_cells)):
-                for cell in made(batch, repeats) if name in part else ():
-                    print(row(cell), flush=True)
-                    cells.append(cell)
-                    keep(out / "vs_diffusers15_cpu", about, [HEADER, *map(row, cells)], [asdict(c) for c in cells])
-        if "8.3b" in part:
-            entries: list[dict[str, Any]] = []
-            print(FULL_HEADER)
-            for entry in full_rows([size for size in batch if size <= 2]):
-                print(full_row(entry), flush=True)
-                entries.append(entry)
-            entries.sort(key=lambda entry: (entry["tokens"], entry["batch"]))
-            keep(out / "vs_diffusers15_full", about, [FULL_HEADER, *map(full_row, entries)], entries)
+        for name, made in (("step", step_cells), ("clips", clip_cells)):
+            for cell in made(batch, repeats) if name in part else ():
+                print(row(cell), flush=True)
+                cells.append(cell)
+                keep(out / "vs_diffusers15_cpu", __doc__, [HEADER, *map(row, cells)], [asdict(each) for each in cells])
 
 
-def keep(stem: Path, about: str, lines: list[str], figures: list[dict[str, Any]]) -> None:
+def keep(stem: Path, what: str, lines: list[str], figures: list[dict[str, Any]]) -> None:
     """Writes a table and its figures."""
     stem.parent.mkdir(parents=True, exist_ok=True)
-    title = f"# reelbatch against Diffusers, HunyuanVideo 1.5\n\n{about}\n\n{__doc__.strip()}\n\n"
+    title = f"# reelbatch against Diffusers, HunyuanVideo 1.5\n\n{about()}\n\n{what.strip()}\n\n"
     stem.with_suffix(".md").write_text(title + "\n".join(lines) + "\n", encoding="utf-8")
-    stem.with_suffix(".json").write_text(json.dumps({"about": about, "cells": figures}, indent=1) + "\n")
+    stem.with_suffix(".json").write_text(json.dumps({"about": about(), "cells": figures}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

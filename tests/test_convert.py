@@ -7,6 +7,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ import foreign
 import pytest
 import tiny
 import tiny15
+import tiny_i2v
 import torch
+from diffusers.loaders.single_file_utils import convert_hunyuan_video_transformer_to_diffusers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -23,11 +26,14 @@ from typer.testing import CliRunner
 from reelbatch import VideoRequest
 from reelbatch.cli import app
 from reelbatch.engine.engine import Engine
-from reelbatch.loading.checkpoints.convert import describe, plan, write
-from reelbatch.loading.checkpoints.kinds import KINDS
-from reelbatch.loading.checkpoints.parts import config_of, recognise
+from reelbatch.loading.checkpoints.convert import Conversion, base_model, check_out, describe, write
+from reelbatch.loading.checkpoints.convert import plan as plan_of
+from reelbatch.loading.checkpoints.kinds import KINDS, possible
+from reelbatch.loading.checkpoints.parts import config_of, reader, recognise
 from reelbatch.loading.checkpoints.weight_files import WeightFile
-from reelbatch.loading.hub import ModelFolderError
+from reelbatch.loading.configs import build
+from reelbatch.loading.families import LAYOUTS
+from reelbatch.loading.hub import DEMO_FOLDER, ModelFolderError
 from reelbatch.loading.inspection import inspect
 from reelbatch.loading.load import load
 from reelbatch.loading.stored import StoredTensor
@@ -49,6 +55,14 @@ def base(request: pytest.FixtureRequest, tiny_folder: Path, folder15: Path) -> P
 
 def model_of(folder: Path) -> str:
     return "1.5" if "15" in folder.parent.name + folder.name else "1.0"
+
+
+inspected = cache(base_model)
+"""Of folders that no test changes."""
+
+
+def plan(source: Path, asked: str | None = None, rest: Path | None = None, *args: Any, **options: Any) -> Conversion:
+    return plan_of(source, asked, None if rest is None else inspected(rest), *args, **options)
 
 
 def convert(source: Path, out: Path, rest: Path | None, asked: str | None, **options: Any) -> Path:
@@ -174,10 +188,10 @@ FILES: dict[str, Callable[[Path, Path], State]] = {
 def test_a_file_gives_the_weights_it_was_written_from(tmp_path: Path, base: Path, file: str) -> None:
     expected = FILES[file](base, tmp_path / "a.safetensors")
     asked = "t2v" if model_of(base) == "1.0" else "480p_t2v"
-    out = convert(tmp_path / "a.safetensors", tmp_path / "out", base, asked)
-    same(foreign.weights(out), expected)
+    found = plan(tmp_path / "a.safetensors", asked, base).weights
+    same({name: found["transformer"].read(name) for name in found["transformer"].sizes}, expected)
     if file == "with its VAE":
-        same(foreign.weights(out, "vae"), foreign.weights(base, "vae"))
+        same({name: found["vae"].read(name) for name in found["vae"].sizes}, foreign.weights(base, "vae"))
 
 
 def test_tencents_layout_of_1_gives_the_same_videos(tmp_path: Path, tiny_folder: Path) -> None:
@@ -189,6 +203,28 @@ def test_tencents_layout_of_1_gives_the_same_videos(tmp_path: Path, tiny_folder:
     assert frames(out) == frames(tiny_folder)
     states = tmp_path / "ckpts" / "hunyuan-video-t2v-720p" / "transformers" / "mp_rank_00_model_states.pt"
     same(foreign.weights(convert(states, tmp_path / "again", rest, None)), expected)
+
+
+@pytest.mark.parametrize(("kind", "asked"), [("token_replace", "i2v"), ("latent_concat", None), ("skyreels", None)])
+def test_image_to_video_models_of_the_first_network(tmp_path: Path, kind: Any, asked: str | None) -> None:
+    """Those of which the channels say enough need no name."""
+    folder = tiny_i2v.make_folder(tmp_path / "m", kind)
+    _diffusers(folder, tmp_path / "a.safetensors")
+    out = convert(tmp_path / "a.safetensors", tmp_path / "out", folder, asked)
+    same(foreign.weights(out), foreign.weights(folder))
+    if kind == "token_replace":
+        request = tiny_i2v.mixed(kind)[0]
+        videos = [Engine(load(place, "cpu")).generate([request])[0].frames_sha256 for place in (out, folder)]
+        assert videos[0] == videos[1]
+
+
+def test_skyreels_text_to_video_has_its_own_defaults(tmp_path: Path, tiny_folder: Path) -> None:
+    _diffusers(tiny_folder, tmp_path / "a.safetensors")
+    with pytest.raises(ModelFolderError, match=r"holds no text_encoder, tokenizer, image_processor"):
+        check_out(plan(tmp_path / "a.safetensors", "i2v", tiny_folder), tmp_path / "out")  # whose encoder is LLaVA
+    out = convert(tmp_path / "a.safetensors", tmp_path / "out", tiny_folder, "skyreels-t2v")
+    assert foreign.json_of(out / "reelbatch.json")["guidance"] == "classifier-free"
+    assert inspect(out).limits.defaults.frames == 97
 
 
 def test_tencents_fp8_is_made_whole_with_its_map(tmp_path: Path, tiny_folder: Path) -> None:
@@ -224,7 +260,7 @@ def test_the_encoders_of_tencents_layout_of_1_are_taken_from_it(tmp_path: Path, 
     foreign.tencent10_folder(tiny_folder, tmp_path / "ckpts")
     foreign.towers10(tiny_folder, tmp_path / "ckpts")
     conversion = plan(tmp_path / "ckpts", None, tiny_folder)
-    assert conversion.taken == {} and conversion.missing == {}
+    assert set(conversion.taken) == {"scheduler"} and conversion.missing == {}
     write(conversion, tmp_path / "out", lambda path, there: None)
     for component in ("text_encoder", "text_encoder_2"):
         found, expected = (foreign.weights(folder, component) for folder in (tmp_path / "out", tiny_folder))
@@ -383,10 +419,9 @@ def test_ambiguous_and_unknown_files_are_told_by_name(tmp_path: Path, tiny_folde
         with pytest.raises(ModelFolderError, match=said):
             plan(file, asked, rest)
 
-    refused(r"do not tell which model it is\. Say so with --as NAME, one of: t2v \(.*; i2v \(", own)
+    refused(r"do not tell which model it is\. Say so with --as NAME, one of: t2v \(.*; i2v \(.*; skyreels-t2v", own)
     refused("--as video: no such model; there are t2v, i2v", own, "video")
     refused("cannot be 480p_t2v as --as 480p_t2v says; it can be t2v", own, "480p_t2v")
-    refused("is HunyuanVideo-I2V, .*which reelbatch does not run", own, "i2v")
     wide = own | {"img_in.proj.weight": torch.zeros(32, 7, 1, 2, 2)}
     refused("with 7 channels in and 4 out: no published model", wide)
     refused("is of FramePack, which reelbatch does not run", own | {"clean_x_embedder.proj.weight": torch.ones(1)})
@@ -551,17 +586,48 @@ def test_the_shapes_of_weights_say_their_configuration(
     assert found == {name: network.config[name] for name in found}
 
 
+@pytest.mark.parametrize("pipeline", ["HunyuanVideoPipeline", "HunyuanVideo15Pipeline"])
+def test_the_published_networks_are_recognised_whole(pipeline: str) -> None:
+    """By names and shapes alone; and the names are those that Diffusers' own converter reads."""
+    network: Any = build(LAYOUTS[pipeline].networks["transformer"], {})
+    own = network.state_dict()
+    state = foreign.tencent(own, fused=pipeline == "HunyuanVideoPipeline")
+    tensors = {name: StoredTensor("BF16", tuple(tensor.shape), 2 * tensor.numel()) for name, tensor in state.items()}
+    (part,) = recognise(WeightFile(Path("a"), "safetensors", tensors, state.__getitem__))
+    found = config_of(part)
+    assert found == {name: network.config[name] for name in found}
+    read = reader(part, network)
+    assert all(read(name).shape == tensor.shape for name, tensor in own.items())
+    names = [kind.name for kind in possible(part.names, found, "a")]
+    if pipeline == "HunyuanVideoPipeline":
+        assert names == ["t2v", "i2v", "skyreels-t2v"]
+        theirs = convert_hunyuan_video_transformer_to_diffusers(dict(state))
+        assert {name: tensor.shape for name, tensor in theirs.items()} == {name: t.shape for name, t in own.items()}
+    else:
+        assert (len(own), len(state), len(names)) == (1801, 1793, 8)  # of the refiner, three are one
+        assert names[0] == "480p_t2v"
+
+
 def test_every_published_model_has_a_name_and_every_name_an_end() -> None:
     names = [kind.name for kind in KINDS]
     assert len(set(names)) == len(names)
     assert {"t2v", "i2v", "480p_t2v", "480p_i2v_step_distilled"} <= set(names)
 
 
+def test_the_bundled_model_is_the_same_from_a_file_of_its_transformer(tmp_path: Path) -> None:
+    """Also its schedule and its words, which the file does not say."""
+    _comfyui_repackaged(DEMO_FOLDER, tmp_path / "a.safetensors")  # in fp16, as it is stored
+    out = convert(tmp_path / "a.safetensors", tmp_path / "out", DEMO_FOLDER, "t2v")
+    assert inspect(out).flow_shift == inspect(DEMO_FOLDER).flow_shift
+    assert frames(out) == frames(DEMO_FOLDER)
+
+
 def test_a_conversion_describes_itself(tmp_path: Path, tiny_folder: Path) -> None:
     _split(tiny_folder, tmp_path / "a.safetensors")
     record = describe(plan(tmp_path / "a.safetensors", "t2v", tiny_folder))
     assert record["model"] == "HunyuanVideo 1.0" and record["missing"] == {}
-    assert set(record["taken"]) == {"vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"}
+    towers = {"text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"}
+    assert set(record["taken"]) == {"vae", "scheduler", *towers}
 
 
 def test_model_info_explains_files_and_folders_of_other_layouts(
@@ -578,11 +644,18 @@ def test_model_info_explains_files_and_folders_of_other_layouts(
     file = tmp_path / "a.safetensors"
     _scaled("scale_weight", more=_marks)(tiny_folder, file)
     found = said(file)
-    assert (found["model"], found["kind"], found["possible"]) == ("HunyuanVideo 1.0", None, ["t2v", "i2v"])
+    assert (found["model"], found["kind"], found["possible"]) == (
+        "HunyuanVideo 1.0",
+        None,
+        ["t2v", "i2v", "skyreels-t2v"],
+    )
     assert found["config"]["num_single_layers"] == 2 and set(found["stored_bytes"]) == {"F8_E4M3", "F32"}
-    assert f"reelbatch convert {file} OUT --as NAME (one of t2v, i2v) --rest hunyuanvideo-community" in found["verdict"]
+    assert (
+        f"reelbatch convert {file} OUT --as NAME (one of t2v, i2v, skyreels-t2v) --rest hunyuanvideo-community"
+        in found["verdict"]
+    )
     assert set(found["missing"]) == {"vae", "text_encoder", "text_encoder_2"}
-    assert said(file, "--as", "i2v")["verdict"].startswith("cannot run: it is HunyuanVideo-I2V")
+    assert "--rest hunyuanvideo-community/HunyuanVideo-I2V" in said(file, "--as", "i2v")["verdict"]
 
     foreign.tencent10_folder(tiny_folder, tmp_path / "ten")
     found = said(tmp_path / "ten")

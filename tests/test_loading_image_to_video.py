@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from reelbatch import VideoRequest
 from reelbatch.cli import app
+from reelbatch.engine.calibrate import small_videos
 from reelbatch.engine.engine import Engine
 from reelbatch.loading import hub
 from reelbatch.loading.families import LAYOUTS
@@ -34,6 +35,7 @@ from reelbatch.memory.streaming import groups_of, network_bytes, streamed_bytes
 from reelbatch.models.hunyuan_video.llava import LlavaModel
 from reelbatch.models.hunyuan_video.transformer import HunyuanVideoTransformer3DModel
 from reelbatch.request import RequestDefaults, RequestError
+from reelbatch.tune.workload import of_shape
 
 
 @pytest.fixture(scope="module")
@@ -233,13 +235,22 @@ def test_what_would_be_another_model_is_refused(
         load(copy)
 
 
-def test_memory_is_estimated_from_the_configurations_alone(folders: dict[Kind, Path]) -> None:
+def test_weights_in_memory_are_estimated_from_the_configurations_alone(folders: dict[Kind, Path]) -> None:
     device = torch.device("cpu")
     skeleton = from_folder(folders["token_replace"], Precision.parse("float32", device), device)
-    request = VideoRequest(prompt="a", image=picture(32, 32), height=32, width=32, frames=1)
-    plan = Estimator(skeleton, "exact", device).plan([request.for_model(skeleton.limits)], "block")
-    assert plan.weights["text"] > plan.weights["decode"] > 0
-    assert plan.step > 0
+    weights = Estimator(skeleton, "exact", device).weights("block")
+    assert weights["text"] > weights["decode"] > 0  # the VAE encodes the image
+
+
+def test_requests_that_stand_for_others_have_an_image(folders: dict[Kind, Path]) -> None:
+    info = inspect(folders["token_replace"])
+    (asked, *_) = of_shape(info, {"frames": 1}, 1).requests
+    assert asked.image is not None and asked.size == (64, 96, 1)
+    assert {request.for_model(info.limits).size for request in small_videos(info.limits)} == {
+        (128, 128, 9),
+        (192, 192, 17),
+        (256, 256, 17),
+    }
 
 
 # -- a transformer alone ---------------------------------------------------------------------------
@@ -287,8 +298,8 @@ def run(*words: Any) -> str:
     return result.stdout
 
 
-@pytest.mark.parametrize("kind", ["token_replace", "skyreels"])
-def test_the_command_line_takes_images(folders: dict[Kind, Path], tmp_path: Path, kind: Kind) -> None:
+def test_the_command_line_takes_images(folders: dict[Kind, Path], tmp_path: Path) -> None:
+    kind: Kind = "token_replace"
     for name, size in (("a.png", (64, 48)), ("b.png", (32, 64))):
         (tmp_path / name).write_bytes(picture(*size))
     (tmp_path / "suite.csv").write_text("prompt,image,frames\na red cat,a.png,5\na dog,b.png,1\n")

@@ -243,6 +243,19 @@ def test_a_tokenizer_that_loads_and_cannot_read(folder: Path) -> None:
         load(folder, "cpu")
 
 
+def test_a_tokenizer_whose_template_adds_tokens_of_another_model(folder: Path) -> None:
+    path = folder / "tokenizer" / "tokenizer.json"
+    template = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "s", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"s": {"id": "s", "ids": [90_000], "tokens": ["s"]}},
+    }
+    path.write_text(json.dumps({**json.loads(path.read_text()), "post_processor": template}))
+    with pytest.raises(ModelFolderError, match="tokenizer: has a token 90000, and the text encoder has"):
+        load(folder, "cpu")
+
+
 def test_a_folder_in_the_place_of_settings_that_need_not_be_there_is_passed_over(folder: Path) -> None:
     settings = folder / "tokenizer" / "tokenizer_config.json"
     settings.unlink()

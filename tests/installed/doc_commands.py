@@ -51,6 +51,7 @@ NOT_RUN = {
     "accelerate launch --num_processes 4 --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP "
     "-m reelbatch train style.yaml": "needs four GPUs; two processes on the CPU are run below",
     "accelerate launch --cpu": "is named as what does not do",
+    'pip install "reelbatch[gguf]"': "needs a package index",
 }
 """Command -> why it cannot be run from an installed package, on any machine."""
 
@@ -228,6 +229,19 @@ STORIES = [
                 leaves={"out/*-seed0-2.mp4": 2, "out/*-seed0-2.json": 2},  # of another model than those there
             ),
             Command("reelbatch model-info /models/HunyuanVideo", {"/models": "models"}, says=["transformer", "vae"]),
+            lambda folder: shutil.copy(
+                folder / "models/HunyuanVideo/transformer/diffusion_pytorch_model.safetensors",
+                folder / "hunyuan_video.safetensors",
+            ),
+            Command(
+                "reelbatch model-info hunyuan_video.safetensors", says=["HunyuanVideo 1.0", "--as NAME"], exit_code=1
+            ),
+            Command(
+                "reelbatch convert hunyuan_video.safetensors /models/converted --as t2v --rest /models/HunyuanVideo",
+                {"/models": "models"},
+                leaves={"models/converted/**": SOME},
+                says=["written and checked", "done: models/converted"],
+            ),
             Command(
                 f'reelbatch generate --attention-rule own-frame "{CIRCLE}"',
                 leaves={"out/a-large-red-circle-*.mp4": 1, "out/a-large-red-circle-*.json": 1},

@@ -96,6 +96,19 @@ def test_bit_for_bit_whoever_else_is_there(transformer, dtype):
 
 
 @torch.no_grad()
+def test_alignment_of_a_batch_does_not_matter(transformer):
+    """A row of a batch begins where a tensor of its own would not."""
+    repair(transformer=transformer)
+    batch = mixed_batch()
+    batch["hidden_states"] = torch.randn(4, 9, 1, 3, 5)[..., :3]
+    for name, tensor in batch.items():
+        if tensor.is_floating_point():
+            batch[name] = torch.cat([tensor.flatten()[:1], tensor.flatten()])[1:].reshape(tensor.shape)
+    singles = [{name: tensor[[i]].clone() for name, tensor in batch.items()} for i in range(4)]
+    assert torch.equal(run(transformer, batch), torch.cat([run(transformer, single) for single in singles]))
+
+
+@torch.no_grad()
 def test_meanflow_without_the_next_timestep():
     """Diffusers' text-to-video pipeline never gives it."""
     model, batch = make_transformer(use_meanflow=True, num_layers=1), mixed_batch()

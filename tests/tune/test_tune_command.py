@@ -43,7 +43,7 @@ def test_tune_measures_keeps_and_generate_takes_it(tiny_folder: Path, here: Path
 
 
 def test_tune_takes_a_prompt_file_and_several_dtypes(tiny_folder: Path, here: Path) -> None:
-    (here / "p.csv").write_text("prompt,frames\na cat,1\na dog,5\n", encoding="utf-8")
+    (here / "p.csv").write_text("prompt,frames,width\na cat,1,32\na dog,1,48\n", encoding="utf-8")
     words = (
         "--model",
         tiny_folder,
@@ -67,31 +67,25 @@ def test_tune_takes_a_prompt_file_and_several_dtypes(tiny_folder: Path, here: Pa
     assert any(quality["largest"] > 0 for quality in compared)
 
 
-def test_other_dtypes_alone_are_compared_with_fp32_all_the_same(
-    info: ModelInfo, cache: Path, tiny_folder: Path
-) -> None:
-    found = run.Tuning(
-        info, [small(info, 1)], CPU, dtypes=["bf16"], against_fp32=True, budget=AMPLE, largest=1, keep=False
-    ).run()
-    (point,) = found.sweeps[0].points
-    assert point.quality.against == "float32 alone"
-    assert not profiles.stored()
-
-
-def test_a_model_is_let_go_before_the_next_is_loaded(
+def test_other_dtypes_alone_are_compared_with_fp32_all_the_same_one_model_after_the_other(
     info: ModelInfo, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load, loaded = run.load, []
 
     def watched(*given, **options):
-        assert [model() for model in loaded] == [None] * len(loaded)
+        assert [model() for model in loaded] == [None] * len(loaded)  # no two are there at once
         model = load(*given, **options)
         loaded.append(weakref.ref(model))
         return model
 
     monkeypatch.setattr(run, "load", watched)
-    run.Tuning(info, [small(info, 1)], CPU, dtypes=["fp32", "bf16"], budget=AMPLE, largest=1, keep=False).run()
+    found = run.Tuning(
+        info, [small(info, 1)], CPU, dtypes=["bf16"], against_fp32=True, budget=AMPLE, largest=1, keep=False
+    ).run()
     assert len(loaded) == 2
+    (point,) = found.sweeps[0].points
+    assert point.quality.against == "float32 alone"
+    assert not profiles.stored()
 
 
 def test_ctrl_c_leaves_what_was_measured_and_stores_nothing(

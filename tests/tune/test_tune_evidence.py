@@ -47,7 +47,7 @@ def test_steady_figures_of_two_sizes_are_enough() -> None:
         ([measured(1, 1000)], "Only batch size 1 was measured, which says nothing of other sizes"),
         ([measured(1, 1000, repeats=2), measured(2, 1010)], "Batch size 1, exact was measured only 2 times"),
         ([measured(1, 1000, moved=0.3), measured(2, 1010)], "1, exact gave as few as 769 videos an hour, and 2, exact"),
-        ([measured(1, 1000), measured(2, 1010, moved=0.2)], "and 2, exact as many as 1.26e+03"),
+        ([measured(1, 1000), measured(2, 1010, moved=0.2)], "and 2, exact as many as 1,262"),
         ([measured(1, 1000), measured(2, 1000), measured(2, 1120, "packed", 0.15)], "2, packed gave as few as 974"),
     ],
 )

@@ -54,13 +54,13 @@ def convert(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object when it is done.")] = False,
 ) -> None:
     quiet_libraries()
-    from reelbatch.loading.checkpoints.convert import check_out, describe, plan, write
+    from reelbatch.loading.checkpoints.convert import base_model, check_out, describe, plan, write
     from reelbatch.loading.hub import resolve
     from reelbatch.loading.precision import DTYPES
 
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype}: no such dtype; there are auto, {', '.join(DTYPES)}")
-    base = None if rest is None else resolve(rest)
+    base = None if rest is None else base_model(resolve(rest))
     conversion = plan(source, kind, base, vae, DTYPES.get(dtype))
     check_out(conversion, out)
     record: dict[str, Any] = describe(conversion)

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 Model = Annotated[
-    str, typer.Option(help="demo, a folder in the Diffusers layout, or a hub id.", rich_help_panel=ENGINE)
+    str,
+    typer.Option(
+        help="demo, a folder in the Diffusers layout, or a hub id; TRANSFORMER+BASE joins two.", rich_help_panel=ENGINE
+    ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N.", rich_help_panel=ENGINE)]
 Dtype = Annotated[

@@ -189,8 +189,7 @@ def _build(contents: Contents) -> ImageToVideo:
 
 SKYREELS = replace(
     TEXT,
-    makes="image to video, SkyReels V1",
-    example="Skywork/SkyReels-V1-Hunyuan-I2V",
+    makes="image to video, SkyReels V1 with the rest of HunyuanVideo",
     problems=partial(_problems, llava=False),
     limits=_limits,
     build=_build,

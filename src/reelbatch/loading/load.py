@@ -156,32 +156,31 @@ def _load_tokenizers(info: ModelInfo, networks: dict[str, Any]) -> dict[str, Any
     classes = {component.name: component.class_name for component in info.components}
     tokenizers: dict[str, Any] = {}
     for name in ("tokenizer", "tokenizer_2"):
-        tokenizers[name] = _load_tokenizer(info.folder / name, classes[name])
         config = networks[name.replace("tokenizer", "text_encoder")].config
-        count = getattr(config, "text_config", config).vocab_size
-        if (last := max(tokenizers[name].get_vocab().values(), default=0)) >= count:
-            raise ModelFolderError(
-                f"{info.folder / name}: has a token {last}, and the text encoder has {count}: parts of two models"
-            )
+        tokens = getattr(config, "text_config", config).vocab_size
+        tokenizers[name] = _load_tokenizer(info.folder / name, classes[name], tokens)
     for name in classes.keys() & PROCESSORS.keys():
         tokenizers[name] = PROCESSORS[name](**_checked_config(info, name))
     return tokenizers
 
 
-def _load_tokenizer(folder: Path, class_name: str) -> Any:
+def _load_tokenizer(folder: Path, class_name: str, tokens: int) -> Any:
+    """tokens: that the text encoder knows."""
     # transformers 5 rebuilds a LlamaTokenizer from the vocabulary by Llama 2's rules, and so spells Llama 3's words
     # letter by letter without their spaces. What tokenizer.json says is right.
     if class_name.startswith("Llama") and (folder / "tokenizer.json").is_file():
         class_name = "PreTrainedTokenizerFast"
     try:
         tokenizer = getattr(transformers, class_name).from_pretrained(folder, local_files_only=True)
-        tokenizer("a cat")  # some settings are not looked at until then
-        return tokenizer
+        used = {*tokenizer.get_vocab().values(), *tokenizer("a cat").input_ids}  # a template may add others
     except MemoryError:
         raise
     except Exception as error:  # tokenizers raises Exception itself, and transformers whatever a wrong type leads to
         reason = shown_line(" ".join(f"{type(error).__name__}: {error}".split()))
         raise ModelFolderError(f"{folder}: the tokenizer cannot be loaded: {reason}; get it again") from error
+    if (last := max(used, default=0)) >= tokens:
+        raise ModelFolderError(f"{folder}: has a token {last}, and the text encoder has {tokens}: parts of two models")
+    return tokenizer
 
 
 @contextmanager

@@ -47,7 +47,8 @@ def _compare(chosen: Point, others: Iterable[Point], share: float) -> None:
         )
     for other in others:
         if other is not chosen and other.spread.low < share * chosen.spread.high:
-            slow, quick = (f"{3600 / seconds:,.3g}" for seconds in (chosen.spread.high, other.spread.low))
+            rates = (3600 / chosen.spread.high, 3600 / other.spread.low)
+            slow, quick = (f"{rate:,.0f}" if rate >= 100 else f"{rate:.2f}" for rate in rates)
             raise TooLittle(
                 f"The repeats are too far apart: batch size {chosen.batch}, {chosen.isolation} gave as few as {slow} "
                 f"videos an hour, and {other.batch}, {other.isolation} as many as {quick}."

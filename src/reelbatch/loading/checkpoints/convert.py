@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,22 +17,26 @@ from reelbatch.loading.checkpoints.parts import Part, config_of, reader, recogni
 from reelbatch.loading.checkpoints.scales import whole_weights
 from reelbatch.loading.checkpoints.towers import Towers, towers_of
 from reelbatch.loading.checkpoints.weight_files import WeightFile
-from reelbatch.loading.checkpoints.writing import SHARD_BYTES, Progress, Weights, size_of, take, take_file, write_json
+from reelbatch.loading.checkpoints.writing import SHARD_BYTES, Progress, Weights, size_of, take, write_json
 from reelbatch.loading.configs import build, check_config
 from reelbatch.loading.families import LAYOUTS
-from reelbatch.loading.hub import ModelFolderError, model_name
+from reelbatch.loading.hub import ModelFolderError
 from reelbatch.loading.inspection import ModelInfo, inspect
 from reelbatch.loading.layout import Layout
 from reelbatch.loading.parameter_names import HUNYUAN_VIDEO, HUNYUAN_VIDEO_15, ParameterNames
+from reelbatch.outside_json import read_object
 from reelbatch.wording import shown_line
 
 PUBLISHED_HEAD, PUBLISHED_AXES = 128, [16, 56, 56]
 """Channels of a head, and of them for frame, row and column, of every published model."""
+USUAL_SHIFT = 7.0
+"""Of the schedule, in the published folders of 1.0."""
 REST = {
     HUNYUAN_VIDEO.model: {
         "vae": "tencent/HunyuanVideo (hunyuan-video-t2v-720p/vae)",
-        "text_encoder": "xtuner/llava-llama-3-8b-v1_1-transformers (its language model)",
+        "text_encoder": "xtuner/llava-llama-3-8b-v1_1-transformers (of text to video, its language model)",
         "text_encoder_2": "openai/clip-vit-large-patch14",
+        "image_processor": "xtuner/llava-llama-3-8b-v1_1-transformers",
     },
     HUNYUAN_VIDEO_15.model: {
         "vae": "tencent/HunyuanVideo-1.5 (vae)",
@@ -59,7 +63,7 @@ class Conversion:
         found: the files. kind: which model they are. layout: of the model folder.
         weights: the components that are converted. taken: folders of those that are taken as they are.
         towers: the encoders and tokenizers that are made from those of the layout.
-        missing: the components that nothing has, and where they come from.
+        missing: the components that nothing has, and where they come from. base: the model that gives the rest.
     """
 
     found: Found
@@ -69,7 +73,7 @@ class Conversion:
     towers: Towers
     taken: Mapping[str, Path]
     missing: Mapping[str, str]
-    rest: Path | None
+    base: ModelInfo | None
 
     @property
     def size(self) -> int:
@@ -80,7 +84,7 @@ class Conversion:
 def plan(
     path: Path,
     asked: str | None = None,
-    rest: Path | None = None,
+    base: ModelInfo | None = None,
     vae: Path | None = None,
     dtype: torch.dtype | None = None,
 ) -> Conversion:
@@ -88,14 +92,13 @@ def plan(
 
     Args:
         asked: which published model it is (`kinds.KINDS`), where the weights do not tell.
-        rest: a model folder that what is missing is taken from. vae: a file or folder of a VAE.
+        base: what is missing is taken from (`base_model`). vae: a file or folder of a VAE.
         dtype: of all weights; None leaves them as they are, and makes bfloat16 of those in 8 bits and fewer.
 
     Raises:
         ModelFolderError: for anything that cannot be converted; says what to do.
     """
     found = find(path, asked, vae)
-    base = _base(rest)
     parts = {part.component: part for part in recognise(whole_weights(found.weights, found.scales, dtype))}
     if found.vae is not None:
         whole = whole_weights(found.vae, None, dtype)
@@ -116,20 +119,30 @@ def plan(
     towers = towers_of(found.towers, layout, dtype)
     weights |= towers.weights
     needed = [name for name in layout.classes if name not in (*weights, *towers.files, "scheduler", "guider")]
-    taken = {name: base.folder / name for name in needed if base is not None and (base.folder / name).is_dir()}
+    taken = _taken(base, layout, [*needed, "scheduler"] if kind.shift is None else needed)
     sources = REST[kind.names.model]
     missing = {
         name: sources.get(name, sources.get(name.replace("tokenizer", "text_encoder"), layout.example))
         for name in needed
         if name not in taken
     }
-    return Conversion(found, kind, layout, weights, towers, taken, missing, rest)
+    return Conversion(found, kind, layout, weights, towers, taken, missing, base)
 
 
-def _base(rest: Path | None) -> ModelInfo | None:
-    if rest is None:
-        return None
-    base = inspect(rest)
+def _taken(base: ModelInfo | None, layout: Layout, needed: Sequence[str]) -> dict[str, Path]:
+    """The folders of a base model that have what is needed; a tokenizer with its encoder only."""
+    if base is None:
+        return {}
+    fits = {part.name for part in base.components if part.class_name in layout.classes.get(part.name, ())}
+    fits &= set(needed)
+    encoders = {name: name.replace("tokenizer", "text_encoder") for name in fits if "tokenizer" in name}
+    fits -= {name for name, encoder in encoders.items() if encoder in needed and encoder not in fits}
+    return {name: base.folder / name for name in needed if name in fits}
+
+
+def base_model(folder: Path) -> ModelInfo:
+    """A model folder that something is taken from. Raises ModelFolderError where anything is wrong with it."""
+    base = inspect(folder)
     if base.problems:
         raise ModelFolderError("\n".join(base.problems))
     return base
@@ -242,14 +255,16 @@ def write(conversion: Conversion, out: Path, progress: Progress, shard_bytes: in
         (out / name).mkdir(exist_ok=True)
         make(out / name)
     layout, kind = conversion.layout, conversion.kind
-    schedule = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": kind.shift}
-    _settings(out / "scheduler" / "scheduler_config.json", schedule)
+    if "scheduler" not in conversion.taken:
+        schedule = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": kind.shift or USUAL_SHIFT}
+        _settings(out / "scheduler" / "scheduler_config.json", schedule)
     if "guider" in layout.classes:
         guider = {"_class_name": "ClassifierFreeGuidance", "guidance_scale": kind.guidance}
         _settings(out / "guider" / "guider_config.json", guider)
-    profile = conversion.rest / "reelbatch.json" if conversion.rest else None
-    if profile is not None and profile.is_file():
-        take_file(profile, out / profile.name)
+    base = conversion.base.folder / "reelbatch.json" if conversion.base else None
+    profile = {**(read_object(base) if base is not None and base.is_file() else {}), **kind.profile}
+    if profile:
+        write_json(out / "reelbatch.json", profile)
     write_json(out / "model_index.json", _index(conversion, out))
     info = inspect(out)
     if info.problems:
@@ -266,7 +281,7 @@ def _settings(path: Path, content: Mapping[str, Any]) -> None:
 def _index(conversion: Conversion, out: Path) -> dict[str, Any]:
     layout = conversion.layout
     index: dict[str, Any] = {"_class_name": conversion.kind.pipeline, "_diffusers_version": diffusers.__version__}
-    given = () if conversion.rest is None else inspect(conversion.rest).components
+    given = () if conversion.base is None else conversion.base.components
     names = {component.name: component.class_name for component in given}
     for component, classes in layout.classes.items():
         library = "diffusers" if hasattr(diffusers, classes[0]) or component == "guider" else "transformers"
@@ -289,6 +304,6 @@ def describe(conversion: Conversion) -> dict[str, Any]:
         "converted": {name: weights.size for name, weights in conversion.weights.items()},
         "tokenizers": sorted(conversion.towers.files),
         "taken": {name: str(folder) for name, folder in conversion.taken.items()},
-        "rest": None if conversion.rest is None else model_name(conversion.rest),
+        "rest": None if conversion.base is None else conversion.base.name,
         "missing": dict(conversion.missing),
     }

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from reelbatch.loading.assembly import SKYREELS_TEXT
 from reelbatch.loading.hub import ModelFolderError
 from reelbatch.loading.parameter_names import HUNYUAN_VIDEO, HUNYUAN_VIDEO_15, ParameterNames
 from reelbatch.models.hunyuan_video15.variants import VARIANTS
@@ -21,7 +22,9 @@ class Kind:
         condition: channels of an image beside the noisy latents: none, as many (`image`), or one more (`image+mask`).
         embedded: whether it has an embedding of a guidance scale; None is either. meanflow: as in its configuration.
         transformer: what its configuration says that weights do not tell.
-        shift: of the schedule. guidance: scale of the guider, for models that have one.
+        shift: of the schedule; None is 7, or that of the model that gives the rest.
+        guidance: scale of the guider, for models that have one.
+        profile: what `reelbatch.json` says of it.
     """
 
     name: str
@@ -32,8 +35,9 @@ class Kind:
     embedded: bool | None = None
     meanflow: bool = False
     transformer: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-    shift: float = 7.0
+    shift: float | None = None
     guidance: float | None = None
+    profile: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
 
 def _variants() -> tuple[Kind, ...]:
@@ -60,7 +64,7 @@ def _variants() -> tuple[Kind, ...]:
 KINDS: Sequence[Kind] = (
     Kind(
         "t2v",
-        "HunyuanVideo, text to video (FastHunyuan, AccVideo and SkyReels-V1-T2V too)",
+        "HunyuanVideo, text to video",
         HUNYUAN_VIDEO,
         "HunyuanVideoPipeline",
     ),
@@ -81,7 +85,14 @@ KINDS: Sequence[Kind] = (
         embedded=False,
         transformer={"image_condition_type": "latent_concat"},
     ),
-    Kind("skyreels-i2v", "SkyReels-V1-I2V", HUNYUAN_VIDEO, "HunyuanSkyreelsImageToVideoPipeline", condition="image"),
+    Kind("skyreels-t2v", "SkyReels V1, text to video", HUNYUAN_VIDEO, "HunyuanVideoPipeline", profile=SKYREELS_TEXT),
+    Kind(
+        "skyreels-i2v",
+        "SkyReels V1, image to video",
+        HUNYUAN_VIDEO,
+        "HunyuanSkyreelsImageToVideoPipeline",
+        condition="image",
+    ),
     *_variants(),
 )
 FOLDERS = {"hunyuan-video-t2v-720p": "t2v", "hunyuan-video-i2v-720p": "i2v"}

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from reelbatch.loading.assembly import transformer_config
 from reelbatch.loading.checkpoints.kinds import FOLDERS
 from reelbatch.loading.checkpoints.weight_files import WeightFile, open_several, open_weights
 from reelbatch.loading.hub import ModelFolderError
@@ -68,7 +69,7 @@ def find(path: Path, asked: str | None, vae: Path | None = None) -> Found:
 
 def is_foreign(path: Path) -> bool:
     """Whether it is a file, or a folder that looks like one of another layout than Diffusers'."""
-    if not path.is_dir() or (path / "model_index.json").is_file():
+    if not path.is_dir() or (path / "model_index.json").is_file() or transformer_config(path) is not None:
         return path.is_file()
     patterns = (f"transformers/{STATES}", f"hunyuan-video-*/transformers/{STATES}")
     folders = (path, *path.glob("transformer/*"), *path.glob("*"))

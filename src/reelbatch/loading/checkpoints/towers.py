@@ -29,6 +29,8 @@ from reelbatch.loading.layout import Layout
 from reelbatch.loading.stored import plain_name
 from reelbatch.wording import shown_line
 
+CLASSES = ("LlamaModel", "CLIPTextModel", "Qwen2_5_VLTextModel", "SiglipVisionModel")
+"""Encoders that are taken out of larger models. LLaVA as a whole, of image-to-video models, comes from `--rest`."""
 TOKENIZER_FILES = (*TOKENIZER_SETTINGS, "tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model")
 BEFORE = (
     "model.language_model.",
@@ -78,7 +80,7 @@ def towers_of(places: Mapping[str, Path], layout: Layout, dtype: torch.dtype | N
     """
     towers = Towers()
     for name in ("text_encoder", "text_encoder_2", "image_encoder"):
-        if name in places and name in layout.networks:
+        if name in places and layout.classes.get(name, ("",))[0] in CLASSES:
             images = name == "image_encoder"
             section, others = ("vision_config", NOT_OF_IMAGES) if images else ("text_config", NOT_OF_TEXT)
             file = weights_in(places[name])

@@ -52,6 +52,7 @@ NOT_RUN = {
     "-m reelbatch train style.yaml": "needs four GPUs; two processes on the CPU are run below",
     "accelerate launch --cpu": "is named as what does not do",
     'pip install "reelbatch[gguf]"': "needs a package index",
+    "python tests/tiny15.py FOLDER": "needs the checkout: its tests run it",
 }
 """Command -> why it cannot be run from an installed package, on any machine."""
 
@@ -69,7 +70,8 @@ CHECKOUT_PROGRAMS = {
 
 JOB = "reelbatch job run suite.txt --out suite --copies 5 --seed 0"
 VBENCH = {"vbench/videos/*.mp4": 30, **{name: 1 for name in videos(0, "vbench") if "*" not in name}}
-CARDS = [line for line in (CHECKOUT / "docs/memory.md").read_text().splitlines() if line.startswith("| ")]
+BLOCKS = (CHECKOUT / "docs/memory.md").read_text(encoding="utf-8").split("\n\n")
+CARDS, CARDS_15 = (block.splitlines() for block in BLOCKS if block.startswith("| card"))
 CACHE = "~/.cache/reelbatch/encoded/*.safetensors"
 ENCODED = {CACHE: SOME}
 
@@ -274,6 +276,8 @@ STORIES = [
             ),
             Command("reelbatch plan --on rtx4090", says=["rtx4090", "should fit"]),
             Command("reelbatch plan --cards", says=CARDS),
+            Command("reelbatch plan --cards --model hunyuanvideo-1.5", says=CARDS_15),
+            Command("reelbatch plan --help", says=["hunyuanvideo-1.5", "skyreels-v1-i2v"]),
         ],
     ),
     Story(

@@ -87,9 +87,8 @@ def vae(seed: int = 0, **changes) -> AutoencoderKLHunyuanVideo:
     return model.eval()
 
 
-def llama(tokenizer: PreTrainedTokenizerFast, hidden_size: int = 32, seed: int = 0) -> LlamaModel:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
+def llama_config(tokenizer: PreTrainedTokenizerFast, hidden_size: int = 32) -> LlamaConfig:
+    return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
         intermediate_size=48,
@@ -101,7 +100,11 @@ def llama(tokenizer: PreTrainedTokenizerFast, hidden_size: int = 32, seed: int =
         pad_token_id=tokenizer.pad_token_id,
         initializer_range=0.3,
     )
-    model = LlamaModel(config)
+
+
+def llama(tokenizer: PreTrainedTokenizerFast, hidden_size: int = 32, seed: int = 0) -> LlamaModel:
+    torch.manual_seed(seed)
+    model = LlamaModel(llama_config(tokenizer, hidden_size))
     randomise(model, seed)
     return model.eval()
 

@@ -19,7 +19,6 @@ from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video_image2video import
 from tiny15 import picture
 from transformers import (
     CLIPVisionConfig,
-    LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
@@ -75,21 +74,9 @@ def llava(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlavaForConditio
         projection_dim=16,
         initializer_factor=5.0,
     )
-    text = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        initializer_range=0.3,
-    )
     config = LlavaConfig(
         vision_config=vision.to_dict(),
-        text_config=text.to_dict(),
+        text_config=tiny.llama_config(tokenizer).to_dict(),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         image_seq_length=IMAGE_TOKENS,
         pad_token_id=tokenizer.pad_token_id,

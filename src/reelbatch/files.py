@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain, count
@@ -41,6 +42,16 @@ def move_new(source: Path, path: Path) -> None:
         source.rename(path)
     else:
         source.unlink()
+
+
+def link_or_copy(source: Path, path: Path) -> None:
+    """The content of a file under another name as well; whatever was there is replaced."""
+    path.unlink(missing_ok=True)
+    try:
+        os.link(source.resolve(), path)
+    except OSError:  # another file system, or one without links
+        with aside(path) as part:
+            shutil.copyfile(source, part)
 
 
 def unused(path: Path) -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import transformers
@@ -50,6 +50,8 @@ Heads = Annotated[int, Field(ge=1, le=1024)]
 Token = Annotated[int, Field(ge=-1, le=2**22)]
 Positive = Annotated[float, Field(gt=0, le=1e9)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Side = Annotated[int, Field(ge=1, le=4096)]
+Colour = Annotated[list[Share], Field(min_length=3, max_length=3)]
 Name = Annotated[str, Field(max_length=60)]
 RopeValue = bool | int | float | Name | None | Annotated[list[int | float], Field(max_length=1024)]
 
@@ -58,6 +60,19 @@ class Config(BaseModel):
     """Bounds are wide: they keep out what no machine could hold, and what no network has."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+
+class AnyImageProcessorConfig(Config):
+    """What the image processors of all families have."""
+
+    do_resize: Literal[True] | None = True
+    resample: Annotated[int, Field(ge=0, le=5)] | None = 3
+    do_pad: Literal[False] | None = None
+    do_rescale: bool | None = True
+    rescale_factor: Positive = 1 / 255
+    do_normalize: bool | None = True
+    image_mean: Colour = Field([0.5, 0.5, 0.5])
+    image_std: Annotated[list[Positive], Field(min_length=3, max_length=3)] = Field([0.5, 0.5, 0.5])
 
 
 class AnyTransformerConfig(Config):

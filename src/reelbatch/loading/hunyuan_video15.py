@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 
 from reelbatch.attention import rule_names
 from reelbatch.loading.configs import (
+    AnyImageProcessorConfig,
     AnyTransformerConfig,
     Channels,
     Config,
@@ -24,6 +25,7 @@ from reelbatch.loading.configs import (
     RopeValue,
     SchedulerConfig,
     Share,
+    Side,
     Token,
     Width,
 )
@@ -46,9 +48,6 @@ from reelbatch.models.hunyuan_video15.variants import GuiderError, Variant, advi
 from reelbatch.models.images import nearest_size
 from reelbatch.request import ModelLimits
 from reelbatch.wording import shown
-
-Side = Annotated[int, Field(ge=1, le=4096)]
-Colour = Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=3, max_length=3)]
 
 
 class TransformerConfig(AnyTransformerConfig):
@@ -144,17 +143,9 @@ class ImageSize(Config):
     width: Side
 
 
-class ImageProcessorConfig(Config):
+class ImageProcessorConfig(AnyImageProcessorConfig):
     size: ImageSize
-    do_resize: Literal[True] | None = True
-    resample: Annotated[int, Field(ge=0, le=5)] | None = 3
     do_center_crop: Literal[False] | None = None
-    do_pad: Literal[False] | None = None
-    do_rescale: bool | None = True
-    rescale_factor: Positive = 1 / 255
-    do_normalize: bool | None = True
-    image_mean: Colour = Field([0.5, 0.5, 0.5])
-    image_std: Annotated[list[Positive], Field(min_length=3, max_length=3)] = Field([0.5, 0.5, 0.5])
     do_convert_rgb: bool | None = None
 
 

@@ -10,7 +10,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from reelbatch.loading.configs import Config, Heads, Layers, Name, Positive, Share, Token, Width
+from reelbatch.loading.configs import (
+    AnyImageProcessorConfig,
+    Colour,
+    Config,
+    Heads,
+    Layers,
+    Name,
+    Positive,
+    Share,
+    Side,
+    Token,
+    Width,
+)
 from reelbatch.loading.hunyuan_video import LAYOUT as TEXT
 from reelbatch.loading.hunyuan_video import LlamaTextConfig
 from reelbatch.loading.layout import Configs, Contents, shared_problems, with_defaults
@@ -27,9 +39,6 @@ from reelbatch.models.hunyuan_video.vae import VideoDecoder
 from reelbatch.models.images import nearest_size
 from reelbatch.request import ModelLimits, RequestDefaults
 from reelbatch.wording import shown
-
-Side = Annotated[int, Field(ge=1, le=4096)]
-Three = Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=3, max_length=3)]
 
 
 class ClipVisionConfig(Config):
@@ -72,17 +81,11 @@ class Shortest(Config):
     shortest_edge: Side
 
 
-class ImageProcessorConfig(Config):
+class ImageProcessorConfig(AnyImageProcessorConfig):
     size: Shortest | Crop
     crop_size: Crop
-    do_resize: Literal[True] | None = True
-    resample: Annotated[int, Field(ge=0, le=5)] | None = 3
     do_center_crop: Literal[True] | None = True
-    do_pad: Literal[False] | None = None
-    do_rescale: bool | None = True
-    rescale_factor: Positive = 1 / 255
-    do_normalize: bool | None = True
-    image_mean: Three
+    image_mean: Colour
     image_std: Annotated[list[Positive], Field(min_length=3, max_length=3)]
     do_convert_rgb: bool | None = True
 

@@ -10,6 +10,7 @@ import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -83,6 +84,16 @@ class PackedTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         copy = type(self).from_config(self.config)
         copy.load_state_dict(self.state_dict() if weights is None else weights)
         copy.to(dtype).save_pretrained(folder)
+
+    def _packs(self, packs: Sequence[Sequence[Any]]) -> list[list[Tensor]]:
+        """The network itself: a velocity for each branch of each pack."""
+        raise NotImplementedError
+
+    def _padded(self, branches: Sequence[MaskedBranch], return_dict: bool) -> Transformer2DModelOutput | tuple[Tensor]:
+        """What Diffusers' signature gives for the samples of a padded batch."""
+        velocities = self._packs([[branch] for branch in branches] if self.isolation == "exact" else [branches])
+        sample = torch.stack([velocity for pack in velocities for velocity in pack])
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def _run(self, block: nn.Module, packs: list[Any]) -> list[Any]:
         if torch.is_grad_enabled() and self.gradient_checkpointing:

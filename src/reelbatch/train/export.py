@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from reelbatch.files import link_or_copy
 from reelbatch.loading.lora import save_lora
 from reelbatch.loading.precision import DTYPES
 from reelbatch.models.family import TrainableFamily
@@ -53,10 +53,7 @@ def write_model(
         inside = source.relative_to(base)
         if source.is_file() and inside.parts[0] != TRANSFORMER and not inside.name.startswith("."):
             (part / inside).parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(source.resolve(), part / inside)
-            except OSError:  # another file system, or one without links
-                shutil.copyfile(source, part / inside)
+            link_or_copy(source, part / inside)
     family.transformer.save_copy(part / TRANSFORMER, dtype, state)
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)

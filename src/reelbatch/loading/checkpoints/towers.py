@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from transformers import ByT5Tokenizer
 
+from reelbatch.files import link_or_copy
 from reelbatch.loading.checkpoints.layouts import read_json, weights_in
 from reelbatch.loading.checkpoints.scales import whole_weights
 from reelbatch.loading.checkpoints.weight_files import WeightFile
-from reelbatch.loading.checkpoints.writing import Weights, take_file, write_json
+from reelbatch.loading.checkpoints.writing import Weights, write_json
 from reelbatch.loading.configs import build, check_config
 from reelbatch.loading.hub import ModelFolderError
 from reelbatch.loading.inspection import TOKENIZER_SETTINGS
@@ -95,7 +96,7 @@ def towers_of(places: Mapping[str, Path], layout: Layout, dtype: torch.dtype | N
         _glyph(towers, places["byt5"], places["glyph"], layout, dtype)
     if "feature_extractor" in places and "feature_extractor" in layout.classes:
         source = places["feature_extractor"] / "preprocessor_config.json"
-        towers.files["feature_extractor"] = lambda folder: take_file(source, folder / source.name)
+        towers.files["feature_extractor"] = lambda folder: link_or_copy(source, folder / source.name)
     return towers
 
 
@@ -160,7 +161,7 @@ def _tokenizer(towers: Towers, component: str, folder: Path, layout: Layout) -> 
     def write(out: Path) -> None:
         for file in files:
             if file.name != "tokenizer_config.json":
-                take_file(file, out / file.name)
+                link_or_copy(file, out / file.name)
         # Diffusers' pipelines pad on the right, and do not say so to the tokenizer
         write_json(out / "tokenizer_config.json", {**settings, "padding_side": "right"})
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from reelbatch.files import PART, aside
+from reelbatch.files import PART, aside, link_or_copy
 from reelbatch.loading.hub import ModelFolderError
 from reelbatch.wording import shown_line
 
@@ -122,16 +120,7 @@ def take(source: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.iterdir()):
         if file.is_file() and not file.name.startswith("."):
-            take_file(file, folder / file.name)
-
-
-def take_file(source: Path, path: Path) -> None:
-    path.unlink(missing_ok=True)
-    try:
-        os.link(source.resolve(), path)
-    except OSError:  # another file system, or one without links
-        with aside(path) as part:
-            shutil.copyfile(source, part)
+            link_or_copy(file, folder / file.name)
 
 
 def size_of(folder: Path) -> int:

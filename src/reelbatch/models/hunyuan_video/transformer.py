@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import PixArtAlphaTextProjection, TimestepEmbedding, Timesteps
-from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import apply_lora_scale
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
@@ -257,9 +256,7 @@ class HunyuanVideoTransformer3DModel(PackedTransformer):
             patch=(self.config.patch_size_t, self.config.patch_size, self.config.patch_size),
             kwargs=attention_kwargs or {},
         )
-        velocities = self._packs([[branch] for branch in branches] if self.isolation == "exact" else [branches])
-        sample = torch.stack([velocity for pack in velocities for velocity in pack])
-        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+        return self._padded(branches, return_dict)
 
     def _packs(self, packs: Sequence[Sequence[Branch]]) -> list[list[Float[Tensor, "channels frames height width"]]]:
         shapes = [[self._shape(branch.latents, len(branch.text)) for branch in pack] for pack in packs]

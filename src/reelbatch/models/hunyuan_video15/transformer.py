@@ -25,7 +25,6 @@ import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
-from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import apply_lora_scale
 from jaxtyping import Float, Int, Shaped
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -255,9 +254,7 @@ class HunyuanVideo15Transformer3DModel(PackedTransformer):
         )
         if timestep_r is not None:
             self._check_timestep_r([branches])
-        velocities = self._packs([[branch] for branch in branches] if self.isolation == "exact" else [branches])
-        sample = torch.stack([velocity for pack in velocities for velocity in pack])
-        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+        return self._padded(branches, return_dict)
 
     def _check_timestep_r(self, packs: Sequence[Sequence[Branch]]) -> None:
         for pack in packs:
